@@ -1,0 +1,165 @@
+"""Trains a GPT-2 (or any causal LM of transformers) with one of six strategies of real DeepSpeed.
+
+    python real_model_example.py                              # ZeRO-2 on every GPU, or on two CPU processes
+    python real_model_example.py strategy=zero3 model=gpt2 steps=50
+    torchrun --nproc_per_node=2 real_model_example.py strategy=offload
+    deepspeed --num_gpus=1 real_model_example.py
+
+A strategy is a DeepSpeed config (strategies/N_name/config.json); the program is the same for all six. It ends with a
+report: what the ranks held and sent, predicted beside counted, and how that differs from the ZeRO paper.
+"""
+
+import contextlib
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))     # run from any directory, installed or not
+
+from strategies import effective, models
+from yardstick import ranks
+from yardstick.settings import Choice, Either, SettingsError, override
+
+CONFIG = {
+    # what trains, and how it is distributed
+    "strategy": Choice("zero2", "dp", "zero1", "zero3", "offload", "infinity"),  # offload: stage 2, Adam on the
+                                          # host; infinity: stage 3, weights and optimizer in files
+    "config": Either(str),                # DeepSpeed config; None: strategies/<strategy>/config.json
+    "model": "auto",                      # auto (tiny on a CPU, gpt2 on a GPU), tiny, gpt2, gpt2-medium, gpt2-large,
+                                          # gpt2-xl, or a folder or hub name of a causal LM
+    "pretrained": False,                  # load that model's weights; False: random ones, drawn with the seed
+    "precision": Choice("auto", "fp32", "bf16", "fp16"),   # auto: fp32 on a CPU, bf16 on a GPU and for infinity
+    # one step: global_batch = micro_batch * accumulation * ranks; None: the config's, or what follows
+    "steps": 20,                          # optimizer steps
+    "global_batch": Either(int),          # sequences of one step, over all ranks
+    "micro_batch": Either(int),           # sequences of one forward on one rank
+    "accumulation": Either(int),          # forwards and backwards of one step
+    "seq": Either(int),                   # tokens of a sequence; None: 128 on a CPU, 1024 on a GPU, or the model's limit
+    # optimization
+    "learning_rate": Either(float),       # peak; None: the config's
+    "schedule": Choice("cosine", "linear", "constant"),     # after the warm-up; the first two fall to a tenth
+    "warmup_steps": 5,                    # steps of linear rise
+    "gradient_clipping": Either(float),   # largest norm of the whole gradient, 0: none; None: the config's
+    "seed": 1,                            # of weights, order of data, and sampling
+    "activation_checkpointing": False,    # keep each layer's input only, compute the rest again in backward
+    "compile": False,                     # torch.compile (on a CPU it needs a C++ compiler)
+    # data
+    "data": "embedded",                   # the standard library's source; or a text file, a folder, hub:NAME
+    "tokenizer": Either(str),             # folder or hub name; None: the embedded one, or the pretrained model's
+    # DeepSpeed, where other than the config's; elements, not bytes
+    "reduce_bucket_size": Either(int),    # gradients reduced at once
+    "max_live": Either(int),              # stage 3: gathered weights held at once
+    "max_reuse_distance": Either(int),    # stage 3: weights needed again within this stay gathered; 0: none do
+    "persistence_threshold": Either(int), # stage 3: tensors up to this stay whole on every rank
+    "sub_group_size": Either(int),        # stage 3: weights that the optimizer steps at once
+    "nvme_path": Either(str),             # infinity: folder on the fast disk; None: the run's own folder
+    "cpp_ops": False,                     # DeepSpeed's compiled Adam in place of torch's (built once, minutes)
+    # what is measured and kept
+    "eval_batches": 4,                    # batches of held-out text at the end; 0: none
+    "sample_tokens": 48,                  # tokens of generated text at the end; 0: none
+    "count": True,                        # count bytes held and sent
+    "tensorboard": False,                 # write loss, learning rate and speed for TensorBoard into the run's folder
+    "record": Either(str),                # LABEL: write the record to results/LABEL/ (for commits)
+    "output": Either(str),                # folder of the run; None: a new one under runs/
+    "timeout_seconds": 600.0,             # how long a collective waits for a rank before the run ends
+}
+
+
+def learning_rate_factor(settings):
+    """step -> share of the peak learning rate: linear warm-up, then the schedule down to a tenth."""
+    warm, total = settings["warmup_steps"], settings["steps"]
+
+    def factor(step):
+        if step < warm:
+            return (step + 1) / warm
+        done = min(1.0, (step - warm) / max(1, total - warm))
+        return {"constant": 1.0, "linear": 1 - 0.9 * done,
+                "cosine": 0.1 + 0.45 * (1 + math.cos(math.pi * done))}[settings["schedule"]]
+    return factor
+
+
+def main():
+    settings = override(CONFIG, [a for a in sys.argv[1:] if not a.startswith("--local_rank")],
+                        where="real_model_example.py")
+    plan = models.check(settings)          # imports, refuses what cannot work, reads data; before any rank starts
+    if ranks.is_rank():
+        train(plan)
+        return 0
+    if ranks.gpu_count() == 0:
+        return ranks.start(lambda: train(plan), plan.world)
+    return ranks.start(None, plan.world, gpu=True)
+
+
+def train(plan, after_backward=None, finish=True):
+    """One rank's run of a checked Plan. Returns {"loss": [mean loss of each step], "rank", "folder"}.
+
+    after_backward(engine, step): called before each update, on every rank; tests compare gradients there.
+    """
+    import deepspeed
+    import torch
+    from tqdm import tqdm
+
+    from yardstick import data, op_cache, report
+    from yardstick.probe import Probe
+    from yardstick.traffic import Meter
+
+    settings = plan.settings
+    meter = Meter().install()              # before DeepSpeed makes its backend
+    op_cache.do_without("deepspeed_shm_comm")
+    op_cache.load(plan.ops)
+    rank = ranks.join(plan.gpu, settings["timeout_seconds"])
+    matmul = ranks.choose_matmul_precision(rank)
+    torch.manual_seed(settings["seed"])
+    model = models.build(plan)
+    engine, _, _, scheduler = deepspeed.initialize(
+        model=model, model_parameters=model.parameters(), config=plan.config,
+        lr_scheduler=lambda adam: torch.optim.lr_scheduler.LambdaLR(adam, learning_rate_factor(settings)))
+    del model
+    batches = data.Batches(plan.corpus.train, plan.seq, plan.global_batch, settings["seed"])
+    probe = Probe(engine, meter, steps=settings["steps"], accumulation=plan.accumulation, counting=settings["count"])
+    log = report.Log(plan, rank, probe)
+    history = []
+
+    engine.train()
+    for step in log.progress(range(settings["steps"])):
+        with probe("data"):
+            rows = batches.step(step, rank.rank, rank.world, plan.accumulation)      # [accumulation, micro_batch, seq]
+            tokens_ABT = torch.from_numpy(rows).to(engine.device)
+        losses = []
+        for tokens_BT in tokens_ABT:
+            with probe("forward"):
+                loss = engine(input_ids=tokens_BT, labels=tokens_BT).loss            # mean over B * (T-1) targets
+            with probe("backward"):
+                engine.backward(loss)          # divides by accumulation; reduces gradients as the stage does
+            losses.append(loss.detach())
+            if after_backward and engine.is_gradient_accumulation_boundary():
+                after_backward(engine, step)
+            with probe("step"):
+                engine.step()                  # updates after the last micro-batch only; clips, steps the schedule
+        with meter.named("loss"):
+            mean = torch.stack(losses).float().mean()
+            torch.distributed.all_reduce(mean)                                       # DeepSpeed does not average losses
+        history.append(mean.item() / rank.world)
+        log.step(step, history[-1], scheduler.get_last_lr()[0])
+    probe.end_step()
+    meter.counting = False
+
+    result = {"loss": history, "rank": rank, "folder": plan.folder}
+    if finish:
+        evaluation = models.evaluate(engine, plan, rank)
+        sample = models.sample(engine, plan)
+        report.finish(plan, rank, engine, probe, meter, history, matmul, evaluation, sample)
+    log.close()
+    engine.destroy()
+    return result
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except SettingsError as error:
+        sys.exit(f"real_model_example.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

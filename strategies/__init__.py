@@ -1,0 +1,1 @@
+"""The six strategies: each is a DeepSpeed config for the one training program."""

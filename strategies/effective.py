@@ -1,0 +1,121 @@
+"""The config that a run hands to DeepSpeed: a strategy's config.json with the run's settings put in."""
+
+import json
+from pathlib import Path
+
+from yardstick.settings import SettingsError
+
+HERE = Path(__file__).resolve().parent
+FOLDERS = {"dp": "1_data_parallel", "zero1": "2_zero_stage1", "zero2": "3_zero_stage2", "zero3": "4_zero_stage3",
+           "offload": "5_zero_offload", "infinity": "6_zero_infinity"}
+
+
+def read(strategy, path=None):
+    """The config of a strategy, as DeepSpeed reads it (HJSON: comments are allowed); `path`: another file."""
+    import hjson
+    path = Path(path) if path else HERE / FOLDERS[strategy] / "config.json"
+    try:
+        return json.loads(hjson.dumpsJSON(hjson.loads(path.read_text())))
+    except FileNotFoundError:
+        raise SettingsError(f"there is no config file {path} (config=). Give an existing file, or leave config= "
+                            f"out to use strategies/{FOLDERS[strategy]}/config.json.") from None
+    except hjson.HjsonDecodeError as error:
+        raise SettingsError(f"{path} is not JSON that DeepSpeed can read: {error}. Mend that line.") from None
+
+
+def batch_triple(settings, config, world):
+    """(global_batch, micro_batch, accumulation, how they follow) with global = micro * accumulation * ranks.
+
+    What the command line gives is kept; of the other two the config's micro_batch is kept before its
+    accumulation. Raises SettingsError when the product cannot hold.
+    """
+    given = {key: settings[key] for key in ("global_batch", "micro_batch", "accumulation") if settings[key] is not None}
+    for key, value in given.items():
+        if value < 1:
+            raise SettingsError(f"{key}={value} must be at least 1.")
+    total, micro, times = (given.get(key) for key in ("global_batch", "micro_batch", "accumulation"))
+    if total is None:
+        total = config.get("train_batch_size") if len(given) < 2 else None
+    if total is None:
+        micro = micro or config.get("train_micro_batch_size_per_gpu", 1)
+        times = times or config.get("gradient_accumulation_steps", 1)
+        total = micro * times * world
+    elif micro is None and times is not None:
+        micro = _share(total, times * world, f"accumulation={times} x {world} ranks", "micro_batch")
+    elif times is None:
+        if micro is None:                    # the file's micro-batch, or the largest divisor of it that fits
+            micro = config.get("train_micro_batch_size_per_gpu", 1)
+            while micro > 1 and total % (micro * world):
+                micro -= 1
+        times = _share(total, micro * world, f"micro_batch={micro} x {world} ranks", "accumulation")
+    if total != micro * times * world:
+        raise SettingsError(f"global_batch={total} is not micro_batch={micro} x accumulation={times} x {world} ranks = "
+                            f"{micro * times * world}. Leave one of the three out; it then follows from the others.")
+    how = (f"batch: {total} sequences a step = {micro} in each forward (micro_batch) x {times} forwards a step "
+           f"(accumulation) x {world} rank{'s' if world > 1 else ''}")
+    return total, micro, times, how
+
+
+def _share(total, parts, why, what):
+    if total % parts:
+        raise SettingsError(f"global_batch={total} cannot be divided by {why} = {parts}, so there is no whole {what}. "
+                            f"Use global_batch={max(1, round(total / parts)) * parts}, or another number of ranks (RANKS=).")
+    return total // parts
+
+
+def precision_of(settings, gpu):
+    """"fp32", "bf16" or "fp16": auto is fp32 on a CPU, bf16 on a GPU, and bf16 always for infinity."""
+    wanted = settings["precision"]
+    if settings["strategy"] == "infinity":
+        if wanted not in ("auto", "bf16"):
+            raise SettingsError(f"precision={wanted} does not work with strategy=infinity: DeepSpeed keeps the "
+                                "weights it moves to NVMe in bf16 here. Leave precision= out, or use strategy=offload.")
+        return "bf16"
+    return ("bf16" if gpu else "fp32") if wanted == "auto" else wanted
+
+
+def effective(settings, config, *, micro, accumulation, precision, nvme_path=None, largest_share=0):
+    """`config` with the run's settings put in; what is None in the settings stays as the file has it.
+
+    largest_share: elements of the largest tensor's share of one rank; the NVMe buffers must hold it.
+    """
+    config = json.loads(json.dumps(config))
+    config.pop("train_batch_size", None)                     # follows from the other two and the ranks
+    config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"] = micro, accumulation
+    config["bf16"] = {**config.get("bf16", {}), "enabled": precision == "bf16"}
+    config["fp16"] = {**config.get("fp16", {}), "enabled": precision == "fp16"}
+    if settings["gradient_clipping"] is not None:
+        config["gradient_clipping"] = settings["gradient_clipping"]
+    parameters = config.setdefault("optimizer", {"type": "AdamW", "params": {}}).setdefault("params", {})
+    if settings["learning_rate"] is not None:
+        parameters["lr"] = settings["learning_rate"]
+    zero = config.setdefault("zero_optimization", {"stage": 0})
+    for key, name in (("reduce_bucket_size", "reduce_bucket_size"), ("max_live", "stage3_max_live_parameters"),
+                      ("max_reuse_distance", "stage3_max_reuse_distance"), ("sub_group_size", "sub_group_size"),
+                      ("persistence_threshold", "stage3_param_persistence_threshold")):
+        if settings[key] is not None:
+            if name != "reduce_bucket_size" and zero.get("stage", 0) != 3:
+                raise SettingsError(f"{key}={settings[key]} belongs to ZeRO stage 3; strategy={settings['strategy']} is "
+                                    f"stage {zero.get('stage', 0)}. Leave it out or use strategy=zero3 or infinity.")
+            zero[name] = settings[key]
+    if settings["cpp_ops"]:                                  # DeepSpeed's compiled Adam in place of torch's
+        parameters.pop("torch_adam", None)
+        config.pop("zero_force_ds_cpu_optimizer", None)
+    for key in ("offload_optimizer", "offload_param"):
+        section = zero.get(key) or {}
+        if section.get("device") == "nvme":
+            section["nvme_path"] = str(nvme_path)
+        if key == "offload_param" and section.get("device") == "nvme":
+            section["buffer_size"] = max(int(section.get("buffer_size", 0)), largest_share)
+    return config
+
+
+def ops_of(config):
+    """DeepSpeed's C++ ops that a config needs, with those that training never calls left out."""
+    parameters = config.get("optimizer", {}).get("params", {})
+    zero = config.get("zero_optimization", {})
+    devices = [(zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")]
+    ops = ["async_io"] if "nvme" in devices else []
+    if not parameters.get("torch_adam"):
+        ops.append("cpu_adam" if devices[0] != "none" else "fused_adam")
+    return ops

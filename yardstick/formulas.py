@@ -1,0 +1,184 @@
+"""What is exact on paper: parameters, FLOPs, bytes held and sent, each with its source and the paper's number.
+
+Bytes are bytes, counts are counts; nothing here is measured. What DeepSpeed's present release does beyond
+the papers is in `deepspeed_formulas.py`.
+"""
+
+from yardstick.shapes import FP32, PAPER, Layout, ModelShape
+
+GB, GiB, MB, MiB = 10**9, 2**30, 10**6, 2**20
+
+
+def tensor_shapes(shape):
+    """[(name, dims)] of every weight of `shape`, tied weights once, in the order of the released models.
+
+    GPT-2 order is that of transformers' GPT2LMHeadModel, Llama's that of LlamaForCausalLM: sharding cuts
+    through this order, so the bytes that one rank holds depend on it.
+
+    >>> from yardstick.shapes import MODELS
+    >>> tensor_shapes(MODELS["tiny"])[:2]
+    [('wte', (4096, 512)), ('wpe', (256, 512))]
+    """
+    h, f, kv = shape.hidden, shape.ffn_width, shape.kv_hidden
+    rows = [("wte", (shape.vocab, h))] + ([] if shape.gated else [("wpe", (shape.seq, h))])
+    for i in range(shape.layers):
+        if shape.gated:
+            mlp = [("gate", (f, h)), ("up", (f, h)), ("down", (h, f))]
+            attention = [("q", (h, h)), ("k", (kv, h)), ("v", (kv, h)), ("o", (h, h))]
+            norms = [("norm1", (h,)), ("norm2", (h,))]
+        else:
+            mlp = [("fc", (h, f)), ("fc.bias", (f,)), ("proj", (f, h)), ("proj.bias", (h,))]
+            attention = [("qkv", (h, h + 2 * kv)), ("qkv.bias", (h + 2 * kv,)), ("o", (h, h)), ("o.bias", (h,))]
+        if shape.experts:
+            mlp = [("router", (shape.experts, h))] + [
+                (f"expert{e}.{name}", dims) for e in range(shape.experts) for name, dims in mlp]
+        if shape.gated:
+            rows += [(f"{i}.{name}", dims) for name, dims in attention + mlp + norms]
+        else:
+            ln1, ln2 = [[(f"ln{k}", (h,)), (f"ln{k}.bias", (h,))] for k in (1, 2)]
+            rows += [(f"{i}.{name}", dims) for name, dims in ln1 + attention + ln2 + mlp]
+    rows += [("norm", (h,))] if shape.gated else [("ln_f", (h,)), ("ln_f.bias", (h,))]
+    return rows + ([] if shape.tied else [("lm_head", (shape.vocab, h))])
+
+
+def numel(dims):
+    """Elements of a tensor of these dims."""
+    count = 1
+    for dim in dims:
+        count *= dim
+    return count
+
+
+def param_count(shape):
+    """Parameters of a model, tied weights once.
+
+    >>> from yardstick.shapes import MODELS
+    >>> [param_count(MODELS[m]) for m in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")]
+    [124439808, 354823168, 774030080, 1557611200]
+    >>> llama2_7b = ModelShape(32, 4096, 32, 32000, 4096, ffn=11008, gated=True, tied=False)
+    >>> param_count(llama2_7b)
+    6738415616
+    """
+    return sum(numel(dims) for _, dims in tensor_shapes(shape))
+
+
+def zero_state_bytes(*, params, ranks, stage, recipe=PAPER):
+    """Bytes per rank of weights, gradients and optimizer states: ZeRO, arXiv 1910.02054, figure 1 and table 1.
+
+    Stage 1 divides the optimizer states by the ranks, stage 2 the gradients too, stage 3 all three.
+    The paper's example, 7.5 B parameters on 64 ranks, in GB:
+
+    >>> [round(zero_state_bytes(params=7.5e9, ranks=64, stage=s) / GB, 1) for s in range(4)]
+    [120.0, 31.4, 16.6, 1.9]
+    """
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"stage={stage} is no ZeRO stage; use 0, 1, 2 or 3.")
+    if ranks < 1 or params < 0:
+        raise ValueError(f"params={params}, ranks={ranks}: params must not be negative, ranks at least 1.")
+    return sum(zero_state_bytes_by_kind(params=params, ranks=ranks, stage=stage, recipe=recipe).values())
+
+
+def zero_state_bytes_by_kind(*, params, ranks, stage, recipe=PAPER):
+    """The summands of `zero_state_bytes`: {"parameter", "gradient", "master", "optimizer"}, bytes per rank."""
+    return {"parameter": recipe.parameter * params / (ranks if stage == 3 else 1),
+            "gradient": recipe.gradient * params / (ranks if stage >= 2 else 1),
+            "master": recipe.master * params / (ranks if stage >= 1 else 1),
+            "optimizer": recipe.states * params / (ranks if stage >= 1 else 1)}
+
+
+def ring_bytes(collective, payload, ranks):
+    """Bytes that each rank sends for one collective by the ring algorithm, averaged over ranks.
+
+    payload: bytes of the full tensor (all_gather: the output, reduce_scatter: the input). An all-reduce is a
+    reduce-scatter followed by an all-gather (Patarasuk and Yuan 2009), each of (n-1)/n of the payload. A
+    broadcast or reduce passes the tensor along a chain of n ranks: n-1 sends for n ranks.
+
+    >>> ring_bytes("all_reduce", 1000, 4), ring_bytes("all_gather", 1000, 4)
+    (1500.0, 750.0)
+    """
+    passes = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "broadcast": 1, "reduce": 1,
+              "all_to_all": 1}[collective]
+    return passes * payload * (ranks - 1) / ranks
+
+
+def zero_traffic_in_parameters(stage):
+    """Bytes sent per step, in units of P (bytes of the weights): ZeRO, arXiv 1910.02054, section 7.
+
+    Data parallelism and stages 1 and 2: a reduce-scatter and an all-gather, 2P. Stage 3 gathers the weights
+    in forward and in backward and reduce-scatters the gradients, 3P: half as much again. In the limit of many
+    ranks; at n ranks each is times (n-1)/n.
+
+    >>> [zero_traffic_in_parameters(s) for s in range(4)]
+    [2, 2, 2, 3]
+    """
+    return 3 if stage == 3 else 2
+
+
+def train_flops(shape, batch, recompute="none"):
+    """FLOPs of one optimizer step over `batch` sequences of shape.seq tokens.
+
+    Two per weight and token in each matrix product of the forward pass, twice that in backward; attention
+    scores and their use are counted in full (no causal halving), 4 * seq * hidden per token and layer
+    forward. Norms, biases, softmax and activations are left out. recompute "full" repeats the layers
+    (not the logits) in backward, "selective" the attention scores alone. This is Narayanan et al.
+    (arXiv 2104.04473), equation 3, written out; its equation reads
+    96 B s l h^2 (1 + s / 6h + V / 16lh) with full recomputation:
+
+    >>> gpt3 = ModelShape(layers=96, hidden=12288, heads=96, vocab=51200, seq=2048)
+    >>> s, l, h, V, B = 2048, 96, 12288, 51200, 1536
+    >>> equation = 96 * B * s * l * h**2 * (1 + s / (6 * h) + V / (16 * l * h))
+    >>> abs(train_flops(gpt3, B, recompute="full") / equation - 1) < 1e-12
+    True
+    """
+    h, f, kv = shape.hidden, shape.ffn_width, shape.kv_hidden
+    mlp = 2 * (3 if shape.gated else 2) * h * f * (shape.top_k if shape.experts else 1)
+    mlp += 2 * h * shape.experts                                    # the router
+    scores = 4 * shape.seq * h                                      # q k^T and probabilities times v
+    layer = 2 * (2 * h * h + 2 * h * kv) + mlp + scores             # q and o are h x h, k and v h x kv
+    logits = 2 * h * shape.vocab
+    again = {"none": 0, "selective": scores, "full": layer}
+    if recompute not in again:
+        raise ValueError(f"recompute={recompute!r} is none of {', '.join(again)}.")
+    tokens = batch * shape.seq
+    return tokens * (shape.layers * (3 * layer + again[recompute]) + 3 * logits)
+
+
+def activation_bytes(shape, layout=Layout(), recompute="none", sequence_parallel=False):
+    """Bytes of activations of all layers of one micro-batch on one rank, 16-bit, with dropout masks.
+
+    Korthikanti et al. (arXiv 2205.05198), equations 1 to 6, per layer in units of s*b*h bytes: 34 + 5as/h
+    whole; with t-way tensor parallelism 10 + 24/t + 5as/ht; the 10 divided as well under sequence
+    parallelism; selective recomputation drops the 5as/h, full keeps the layer's input, 2. Pipeline stages
+    hold their own layers. Logits and embeddings are not counted, as in the paper's table.
+
+    >>> gpt3 = ModelShape(layers=96, hidden=12288, heads=96, vocab=51200, seq=2048)
+    >>> round(activation_bytes(gpt3) / (2048 * 12288 * 96), 1)         # 34 + 5 * 96 * 2048 / 12288
+    114.0
+    >>> round(activation_bytes(gpt3, Layout(tp=8), "selective", True) / (2048 * 12288 * 96), 2)   # 34 / 8
+    4.25
+    """
+    if recompute not in ("none", "selective", "full"):
+        raise ValueError(f"recompute={recompute!r} is none of none, selective, full.")
+    a, s, h, t = shape.heads, shape.seq, shape.hidden, layout.tp
+    unit = s / layout.cp * layout.micro_batch * h
+    if recompute == "full":
+        layer = 2 / (t if sequence_parallel else 1)
+    else:
+        layer = 10 / (t if sequence_parallel else 1) + 24 / t
+        layer += 5 * a * s / layout.cp / (h * t) if recompute == "none" else 0
+    return unit * layer * shape.layers / layout.pp
+
+
+def gpt2_saved_bytes(shape, *, micro_batch, seq, element_bytes, recompute="none"):
+    """Estimate of what autograd saves in one forward of transformers' GPT-2 without dropout, weights left out.
+
+    In units of tokens * hidden per layer, counted in that code: both layer norms' inputs (2) and outputs (2), q k v (3),
+    the attention's output (1), and 5 of width ffn around GELU written out in
+    elementary operations. Scaled-dot-product attention saves no scores. The logits are kept twice, in fp32: as
+    the loss's input and as log-probabilities.
+    """
+    tokens = micro_batch * seq
+    layer = (8 * shape.hidden + 5 * shape.ffn_width) * element_bytes + (4 + shape.heads) * 4    # norms' statistics, fp32
+    if recompute == "full":
+        layer = shape.hidden * element_bytes
+    return tokens * (shape.layers * layer + 2 * shape.hidden * element_bytes + shape.vocab * 4)

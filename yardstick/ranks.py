@@ -1,0 +1,214 @@
+"""Ranks: how many, on which device, started from one command, and ended together when one of them fails.
+
+`start` runs a function as n ranks of this machine. With no GPU it forks, so that the slow imports are paid
+once; with GPUs it starts the same command again for each rank, because a forked process cannot use CUDA.
+A process that already has RANK in its environment (torchrun, deepspeed, srun) is a rank and joins its group.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+
+GRACE_SECONDS = 10     # what surviving ranks get to notice a dead one before they are ended
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process: its number, the number of ranks, its number on this machine, its device."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: str            # "cpu" or "cuda:k"
+
+    @property
+    def gpu(self):
+        return self.device != "cpu"
+
+
+def gpu_count():
+    """GPUs that torch may use here. Asks NVML, so that CUDA is not initialised in this process."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return 0
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    import torch
+    return torch.cuda.device_count() if torch.version.cuda and torch.cuda.is_available() else 0
+
+
+def is_rank():
+    """True in a process that a launcher started as one of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def default_world():
+    """RANKS where set, else every GPU, else 2 processes on the CPU."""
+    text = os.environ.get("RANKS")
+    if text is None:
+        return gpu_count() or 2
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"RANKS={text} is not a number of ranks. Give RANKS=2, for example.")
+    gpus = gpu_count()
+    if gpus and int(text) > gpus:
+        raise ValueError(f"RANKS={text} but this machine has {gpus} GPU{'s' if gpus > 1 else ''}. Give RANKS={gpus}, "
+                         "or DS_ACCELERATOR=cpu to run on the CPU.")
+    return int(text)
+
+
+def use_cpu_accelerator():
+    """Tell DeepSpeed to train on the CPU, before it is imported: it asks for gloo and no CUDA then."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+def cores():
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_port():
+    """A TCP port nobody listens on at present."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def join(gpu, seconds=600):
+    """Join the process group named by the environment and return this process's Rank.
+
+    seconds: how long a collective waits for the other ranks before it raises.
+    """
+    import datetime
+
+    import torch
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local = int(os.environ.get("LOCAL_RANK", rank))
+    device = f"cuda:{local}" if gpu else "cpu"
+    if gpu:
+        torch.cuda.set_device(local)
+    elif "OMP_NUM_THREADS" not in os.environ:            # the cores, shared out among the ranks of this machine
+        here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
+        torch.set_num_threads(max(1, cores() // here))
+    if world == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
+    import deepspeed
+    deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False,
+                               timeout=datetime.timedelta(seconds=seconds))
+    return Rank(rank, world, local, device)
+
+
+def _environment(rank, world, port):
+    return {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def _die_with_parent(parent):
+    """End this process when the one that started it ends, however that happens (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)       # PR_SET_PDEATHSIG
+        if os.getppid() != parent:                       # it ended before the call
+            os._exit(1)
+
+
+def _fork(function, rank, world, port):
+    parent = os.getpid()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        _die_with_parent(parent)
+        os.environ.update(_environment(rank, world, port))
+        function()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else (0 if stop.code is None else 1)
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException:
+        print(f"[rank {rank}/{world}] {time.strftime('%H:%M:%S')} failed:\n{traceback.format_exc()}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)                                       # no clean-up of what the parent owns
+
+
+def _spawn(rank, world, port):
+    return subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, **_environment(rank, world, port)}).pid
+
+
+def start(function, world, gpu=False, say=lambda text: print(text, file=sys.stderr)):
+    """Run `function` as `world` ranks; return 0 when all of them returned, else the exit code of the first that failed.
+
+    With gpu=True each rank is this program started again with RANK set. When a rank ends badly the others get
+    GRACE_SECONDS to see it (gloo and NCCL report a lost peer) and are ended then, so the job never hangs on a
+    dead rank. The message names the rank.
+    """
+    port = free_port()
+    pids = {(_spawn(rank, world, port) if gpu else _fork(function, rank, world, port)): rank for rank in range(world)}
+    failed, deadline = 0, None
+    try:
+        while pids:
+            ended = [(pid, status) for pid, status in (os.waitpid(pid, os.WNOHANG) for pid in pids) if pid]
+            for pid, status in ended:
+                rank, code = pids.pop(pid), os.waitstatus_to_exitcode(status)
+                if code and not failed:
+                    failed, deadline = (128 - code if code < 0 else code), time.monotonic() + GRACE_SECONDS
+                    reason = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+                    say(f"rank {rank} of {world} {reason}"
+                        + (f"; ending the other {'rank' if world == 2 else 'ranks'}" if pids else ""))
+            if deadline and time.monotonic() > deadline:
+                for pid in pids:
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+    except BaseException:                                # Ctrl-C and the like: leave no rank behind
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        raise
+    return failed
+
+
+def choose_matmul_precision(rank):
+    """Send fp32 matrix products to the faster library where it is as accurate; return the torch setting used.
+
+    torch.mm in fp32 goes to MKL, which takes a slow path on some processors; the setting "medium" sends it to
+    oneDNN. Where that library computes in bf16 for it (processors with AMX) the result is coarser, so both
+    speed and error are measured once on a small product, and all ranks follow rank 0.
+    """
+    import torch
+    choice = "highest"
+    if not rank.gpu:
+        if rank.rank == 0:
+            generator = torch.Generator().manual_seed(0)
+            a, b = (torch.randn(512, 512, generator=generator) for _ in range(2))
+            exact = a.double() @ b.double()
+            seconds, error = {}, {}
+            for precision in ("highest", "medium"):
+                torch.set_float32_matmul_precision(precision)
+                error[precision] = ((a @ b).double() - exact).abs().max() / exact.abs().max()
+                times = []
+                for _ in range(9):
+                    begin = time.perf_counter()
+                    a @ b
+                    times.append(time.perf_counter() - begin)
+                seconds[precision] = sorted(times)[4]
+            # fp32 keeps 24 bits, bf16 8: an error a few times fp32's is fp32, a thousand times is not
+            if seconds["medium"] < 0.9 * seconds["highest"] and error["medium"] < 8 * error["highest"] + 1e-6:
+                choice = "medium"
+        answer = torch.tensor([choice == "medium"], dtype=torch.int32)
+        if rank.world > 1:
+            torch.distributed.broadcast(answer, 0)
+        choice = "medium" if answer.item() else "highest"
+    torch.set_float32_matmul_precision(choice)
+    return choice

@@ -1,0 +1,323 @@
+"""The words and the record of a run: progress while it lasts, then what was held and sent beside both formulas."""
+
+import json
+import resource
+import shutil
+import sys
+import time
+from collections import defaultdict
+
+from yardstick import deepspeed_formulas, formulas, hardware, ledger, results
+from yardstick.shapes import FP32, MIXED
+
+KIND_NAMES = {"parameter": "weights", "gradient": "gradients", "master": "fp32 master", "optimizer": "Adam's moments",
+              "buffer": "buffers"}
+CONTROL_BYTES = 64             # collectives up to this are norms and flags; the table sums them up in one line
+
+
+class Log:
+    """Progress of rank 0: a bar on a terminal, else a line for each tenth; TensorBoard where it is asked for."""
+
+    def __init__(self, plan, rank, probe):
+        self.plan, self.rank, self.probe, self.bar = plan, rank, probe, None
+        self.steps = plan.settings["steps"]
+        self.begun = time.perf_counter()
+        self.writer = None
+        if plan.settings["tensorboard"] and rank.rank == 0:
+            from torch.utils.tensorboard import SummaryWriter
+            self.writer = SummaryWriter(plan.folder / "tensorboard")
+
+    def progress(self, steps):
+        if self.rank.rank == 0 and sys.stderr.isatty():
+            from tqdm import tqdm
+            self.bar = tqdm(steps, unit="step", dynamic_ncols=True)
+            return self.bar
+        return steps
+
+    def step(self, step, loss, learning_rate):
+        """Show one finished step: mean loss over ranks, tokens per second, memory of this process."""
+        if self.rank.rank:
+            return
+        now = time.perf_counter()
+        speed = self.plan.global_batch * self.plan.seq / (now - self.begun)
+        self.begun = now
+        memory = memory_in_use(self.rank)
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, {memory / 1e9:.2f} GB")
+        elif step in (0, self.steps - 1) or (step + 1) % max(1, self.steps // 10) == 0:
+            print(f"step {step + 1}/{self.steps}  loss {loss:.4f}  {speed:,.0f} tokens/s  {memory / 1e9:.2f} GB",
+                  file=sys.stderr, flush=True)
+        if self.writer:
+            for name, value in (("loss", loss), ("learning_rate", learning_rate), ("tokens_per_second", speed)):
+                self.writer.add_scalar(name, value, step + 1)
+
+    def close(self):
+        if self.writer:
+            self.writer.close()
+
+
+def memory_in_use(rank):
+    """Bytes of this process's device: what CUDA's allocator holds, else the resident memory."""
+    if rank.gpu:
+        import torch
+        return torch.cuda.memory_allocated()
+    try:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def finish(plan, rank, engine, probe, meter, history, matmul, evaluation, sample):
+    """Gather what every rank counted, print the report, write record and figure. Collective; rank 0 writes."""
+    import torch
+    mine = {"moments": {moment: ([vars(row) for row in rows], unnamed) for moment, (rows, unnamed) in probe.moments.items()},
+            "activations": probe.activations, "traffic": meter.per_step(max(1, probe.counted_steps()), rank.world),
+            "seconds": {phase: probe.median(phase) for phase in probe.seconds},
+            "peak_allocated": torch.cuda.max_memory_allocated() if rank.gpu else None}
+    everyone = [None] * rank.world
+    torch.distributed.all_gather_object(everyone, mine)
+    if ledger.swap_folder(engine):
+        torch.distributed.barrier()
+        shutil.rmtree(ledger.swap_folder(engine), ignore_errors=True)      # of no use to a later run
+    if rank.rank:
+        return
+    summary = summarise(plan, everyone, history, evaluation)
+    print(text_of(plan, summary, history, evaluation, sample))
+    path = write_record(plan, summary, history, matmul, sample)
+    from yardstick import figures
+    figure = plan.folder / "figure.png"
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    figures.run_figure(json.loads(path.read_text()), figure)
+    root = results.ROOT
+    shown = [p.relative_to(root) if p.is_relative_to(root) else p for p in (path, figure)]
+    print(f"\nrecord: {shown[0]}\nfigure: {shown[1]}", flush=True)
+
+
+def summarise(plan, everyone, history, evaluation):
+    """What the report says, as numbers: {"memory", "differences", "traffic", "measured", "predicted", "estimated"}."""
+    memory, measured, predicted, estimated = {}, {}, {}, {}
+    stage = plan.config["zero_optimization"].get("stage", 0)
+    recipe = FP32 if plan.precision == "fp32" else MIXED
+    paper = formulas.zero_state_bytes_by_kind(params=plan.tensors.count, ranks=plan.world, stage=stage, recipe=recipe)
+    items = [deepspeed_formulas.memory(plan.tensors, plan.config, ranks=plan.world, rank=r, accumulation=plan.accumulation)
+             for r in range(plan.world)]
+    unnamed = 0
+    for moment in ("gradients", "always"):
+        counted = [ledger.totals([ledger.Row(**row) for row in one["moments"][moment][0]]) for one in everyone
+                   if one["moments"]]
+        if not counted:
+            break
+        memory["after_backward" if moment == "gradients" else "rest"] = {
+            "measured": _largest(counted), "predicted": _largest([deepspeed_formulas.by_kind(i, moment) for i in items]),
+            "paper": {k: v for k, v in paper.items() if v and (moment == "gradients" or k != "gradient")}}
+        # the batch, the loss and DeepSpeed's scalars have no owner; anything larger would be a hole in the ledger
+        unnamed = max([unnamed] + [nbytes for one in everyone for shape, _, nbytes in one["moments"][moment][1]
+                                   if shape and list(shape)[-2:] != [plan.micro_batch, plan.seq] and nbytes > CONTROL_BYTES])
+    for moment, prefix in (("after_backward", ""), ("rest", "rest_")):
+        for name, sums in (("measured", measured), ("predicted", predicted)):
+            for place, nbytes in _by_place(memory.get(moment, {}).get(name, {})).items():
+                sums[f"{prefix}{place}_bytes"] = nbytes
+    if memory:
+        measured["unnamed_bytes"] = unnamed
+
+    rows = everyone[0]["traffic"]
+    own = [row for row in rows if not row["what"]]
+    expected = deepspeed_formulas.traffic(plan.tensors, plan.config, ranks=plan.world, accumulation=plan.accumulation)
+    if memory:
+        measured["payload_bytes"] = sum(row["payload_bytes"] for row in own)
+        measured["ring_bytes"] = sum(row["ring_bytes"] for row in own)
+        predicted["payload_bytes"] = sum(c.payload_bytes for c in expected)
+        predicted["ring_bytes"] = sum(formulas.ring_bytes(c.kind, c.payload_bytes, plan.world) for c in expected)
+    seconds = {phase: max(one["seconds"][phase] for one in everyone) for phase in everyone[0]["seconds"]}
+    for phase, key in (("total", "step_seconds_median"), ("data", "data_seconds"), ("forward", "forward_seconds"),
+                       ("backward", "backward_seconds"), ("step", "optimizer_seconds")):
+        measured[key] = seconds[phase]
+    if not plan.gpu:
+        measured["communication_seconds"] = seconds["communication"]
+    measured["tokens_per_second"] = plan.global_batch * plan.seq / seconds["total"]
+    measured["loss_nats"] = history[-1]
+    if evaluation is not None:
+        measured["evaluation_loss_nats"] = evaluation
+    if everyone[0]["activations"] is not None:
+        measured["activation_bytes"] = max(one["activations"] for one in everyone)
+        if plan.shape is not None:
+            estimated["activation_bytes"] = formulas.gpt2_saved_bytes(
+                plan.shape, micro_batch=plan.micro_batch, seq=plan.seq, element_bytes=recipe.parameter,
+                recompute="full" if plan.settings["activation_checkpointing"] else "none")
+    if plan.gpu:
+        measured["peak_allocated_bytes"] = max(one["peak_allocated"] for one in everyone)
+        peak = hardware.peak_flops(hardware.gpu_name(), plan.precision)
+        if peak and plan.shape is not None:
+            import dataclasses
+            flops = formulas.train_flops(dataclasses.replace(plan.shape, seq=plan.seq), plan.global_batch)
+            measured["model_flops_utilisation_fraction"] = flops / seconds["total"] / plan.world / peak
+    return {"memory": memory, "items": items[0], "paper": paper, "traffic": rows, "expected": expected, "stage": stage,
+            "measured": {k: v for k, v in measured.items() if v or k in ("unnamed_bytes",)}, "predicted": {
+                k: v for k, v in predicted.items() if v}, "estimated": estimated,
+            "differences": deepspeed_formulas.differences(items[0], paper)}
+
+
+def _largest(sums):
+    """For each key the largest value over ranks."""
+    return {key: max(one.get(key, 0) for one in sums) for key in sorted({k for one in sums for k in one})}
+
+
+def _by_place(kinds):
+    """{"parameter@host": bytes} as sums by kind and by place: parameter, ..., device, host, nvme."""
+    sums = defaultdict(int)
+    for key, nbytes in kinds.items():
+        kind, _, place = key.partition("@")
+        sums[kind] += nbytes
+        sums[place or "device"] += nbytes
+    return sums
+
+
+def text_of(plan, summary, history, evaluation, sample):
+    """The report as text."""
+    lines = ["", f"== {plan.settings['strategy']} on {plan.world} rank{'s' if plan.world > 1 else ''}: what it measured =="]
+    lines.append(f"loss {history[0]:.4f} -> {history[-1]:.4f} in {len(history)} steps"
+                 + (f"; held-out text {evaluation:.4f} nats per token" if evaluation is not None else ""))
+    if sample:
+        lines.append(f"sample: {sample!r}")
+    measured = summary["measured"]
+    if summary["memory"]:
+        lines += ["", *_memory_lines(plan, summary), "", *_traffic_lines(plan, summary)]
+    lines += ["", *_time_lines(plan, measured)]
+    return "\n".join(lines)
+
+
+def _mb(nbytes):
+    return f"{nbytes / 1e6:,.2f}" if nbytes else "-"
+
+
+def _memory_lines(plan, summary):
+    device = "GPU" if plan.gpu else "device (RAM here)"
+    names = {"": device, "host": "host", "nvme": "NVMe files"}
+    lines = [f"Held by each rank, MB = 10^6 bytes, the largest over ranks (P = {plan.tensors.count:,} parameters x "
+             f"{2 if plan.precision != 'fp32' else 4} bytes):",
+             f"  {'':15}{'':18}{'after backward':>28}{'at rest':>24}",
+             f"  {'what':15}{'where':18}{'counted':>10}{'predicted':>10}{'paper':>8}{'counted':>12}{'predicted':>12}"]
+    after, rest = summary["memory"]["after_backward"], summary["memory"]["rest"]
+    keys = sorted(set(after["measured"]) | set(rest["measured"]) | set(after["predicted"]),
+                  key=lambda k: (ledger.KINDS.index(k.partition("@")[0]), k))
+    printed = set()
+    for key in keys:
+        kind, _, place = key.partition("@")
+        paper = after["paper"].get(kind, 0) if kind not in printed else 0
+        printed.add(kind)
+        lines.append(f"  {KIND_NAMES[kind]:15}{names[place]:18}{_mb(after['measured'].get(key, 0)):>10}"
+                     f"{_mb(after['predicted'].get(key, 0)):>10}{_mb(paper):>8}"
+                     f"{_mb(rest['measured'].get(key, 0)):>12}{_mb(rest['predicted'].get(key, 0)):>12}")
+    total = [sum(part.values()) for part in (after["measured"], after["predicted"], after["paper"], rest["measured"],
+                                             rest["predicted"])]
+    lines.append(f"  {'all':15}{'':18}{_mb(total[0]):>10}{_mb(total[1]):>10}{_mb(total[2]):>8}{_mb(total[3]):>12}{_mb(total[4]):>12}")
+    off = max(abs(total[0] / total[1] - 1), abs(total[3] / total[4] - 1))
+    lines.append(f"  counted and predicted differ by {100 * off:.3f} %; live tensors without a name, but the batch and scalars: "
+                 f"{summary['measured']['unnamed_bytes']} bytes")
+    if summary["differences"]:
+        lines.append("  what this release holds beyond (+) or less than (-) the ZeRO paper's formula, on rank 0 after backward:")
+        lines += [f"    {'+' if nbytes > 0 else '-'}{_short(abs(nbytes)):>10}  {name}" for name, nbytes in summary["differences"]]
+    if "activation_bytes" in summary["measured"]:
+        lines.append(f"  activations saved by one forward, at their peak: {_mb(summary['measured']['activation_bytes'])} counted"
+                     + (f", {_mb(summary['estimated']['activation_bytes'])} estimated" if summary["estimated"] else ""))
+    if plan.gpu:
+        lines.append(f"  largest allocation of the GPU's allocator: {_mb(summary['measured']['peak_allocated_bytes'])}")
+    return lines
+
+
+def _traffic_lines(plan, summary):
+    world, element = plan.world, (4 if plan.precision == "fp32" else 2)
+    weights = plan.tensors.count * element
+    lines = ["Sent in one step (payload: the full tensors; ring: what one rank sends for them), MB:",
+             f"  {'collective':16}{'phase':10}{'calls':>7}{'payload':>10}{'predicted':>11}{'ring':>9}  why"]
+    if world == 1:
+        return lines[:1] + ["  nothing: one rank has nobody to send to"]
+    expected = defaultdict(lambda: [0, []])
+    for row in summary["expected"]:
+        expected[row.kind, row.phase][0] += row.payload_bytes
+        expected[row.kind, row.phase][1].append(row.why)
+    for row in summary["traffic"]:
+        size, why = (0, [f"this program's own: {row['what']}"]) if row["what"] else expected.pop(
+            (row["kind"], row["phase"]), (0, ["not predicted: " + _start_up(summary)]))
+        size = row["payload_bytes"] if row["what"] else size
+        lines.append(f"  {row['kind']:16}{row['phase']:10}{row['calls']:>7.4g}{_short(row['payload_bytes']):>10}{_short(size):>11}"
+                     f"{_short(row['ring_bytes']):>9}  {'; '.join(why)}")
+    for (kind, phase), (size, why) in expected.items():
+        lines.append(f"  {kind:16}{phase:10}{0:>7}{'-':>10}{_short(size):>11}{'-':>9}  {'; '.join(why)}")
+    measured, predicted = summary["measured"], summary["predicted"]
+    unit = formulas.ring_bytes("all_gather", weights, world)       # P passed once around the ring
+    paper = formulas.zero_traffic_in_parameters(summary["stage"])
+    lines.append(f"  ring traffic of the strategy: {measured['ring_bytes'] / unit:.3f} P counted, "
+                 f"{predicted['ring_bytes'] / unit:.3f} P predicted, {paper} P in the paper"
+                 f"; unexplained: {abs(measured['payload_bytes'] - predicted['payload_bytes']):,.0f} bytes")
+    lines.append(f"  {_why_not_the_paper(plan, summary)}")
+    return lines
+
+
+def _short(nbytes):
+    return f"{nbytes:.0f} B" if nbytes < 10_000 else f"{nbytes / 1e6:,.2f}"
+
+
+def _start_up(summary):
+    return ("stage 3 compares the order of modules between ranks in its first steps" if summary["stage"] == 3 else "not known")
+
+
+def _why_not_the_paper(plan, summary):
+    stage, times = summary["stage"], plan.accumulation
+    if stage == 0:
+        return "an all-reduce is a reduce-scatter and an all-gather: 2 P, once a step, as in the paper."
+    if stage in (1, 2):
+        return ("the paper reduce-scatters gradients (1 P) and gathers weights (1 P); this release all-reduces whole buckets (2 P)"
+                + (f" at each of {times} micro-steps" if stage == 2 and times > 1 else "") + ", then gathers (1 P).")
+    keeps = deepspeed_formulas.stage3_keeps(plan.tensors, plan.config["zero_optimization"])
+    return {"all": "weights gathered in forward stay until backward (the model lies within max_live and max_reuse_distance): 2 P for "
+                   "each micro-step, where the paper gathers twice; max_reuse_distance=0 shows its 3 P.",
+            "none": "weights are freed after each use and gathered again in backward: the paper's 3 P for each micro-step, and "
+                    "tied tensors once more for each further use.",
+            "some": "part of the weights stays gathered between forward and backward (max_live, max_reuse_distance): between 2 P and "
+                    "3 P for each micro-step; the prediction is the upper bound."}[keeps]
+
+
+def _time_lines(plan, measured):
+    total = measured["step_seconds_median"]
+    parts = [("data", "data_seconds"), ("forward", "forward_seconds"), ("backward", "backward_seconds"),
+             ("communication", "communication_seconds"), ("optimizer", "optimizer_seconds")]
+    shown = ", ".join(f"{name} {1e3 * measured[key]:.1f}" for name, key in parts if key in measured)
+    lines = [f"Time of a step: {1e3 * total:.1f} ms in the median, {measured['tokens_per_second']:,.0f} tokens/s"
+             f" (ms: {shown}; slowest rank of each)"]
+    if not plan.gpu:
+        lines.append("  communication is the time the host was blocked in it, and is not in the other parts; a CPU's times say nothing "
+                     "about a GPU's")
+    if "model_flops_utilisation_fraction" in measured:
+        lines.append(f"  model FLOPs utilisation {100 * measured['model_flops_utilisation_fraction']:.1f} % (attention in full, "
+                     "recomputation not counted, of the dense peak of the precision)")
+    return lines
+
+
+def write_record(plan, summary, history, matmul, sample):
+    """Write the run's JSON and return its path: results/LABEL/strategies/N.json with record=LABEL, else the run's folder."""
+    memory, settings = summary["memory"], dict(plan.settings)
+    settings.update(precision=plan.precision, global_batch=plan.global_batch, micro_batch=plan.micro_batch,
+                    accumulation=plan.accumulation, seq=plan.seq)
+    for key in ("record", "output", "nvme_path"):
+        settings.pop(key)                               # where it was written says nothing about the run
+    traffic = {name: {} for name in ("measured", "predicted")}
+    for row in summary["traffic"]:
+        if not row["what"]:
+            traffic["measured"][row["kind"]] = traffic["measured"].get(row["kind"], 0) + row["ring_bytes"]
+    for row in summary["expected"]:
+        ring = formulas.ring_bytes(row.kind, row.payload_bytes, plan.world)
+        traffic["predicted"][row.kind] = traffic["predicted"].get(row.kind, 0) + ring
+    element = 4 if plan.precision == "fp32" else 2
+    traffic["weights_bytes"] = plan.tensors.count * element
+    config = json.loads(json.dumps(plan.config))
+    for key in ("offload_optimizer", "offload_param"):
+        (config["zero_optimization"].get(key) or {}).pop("nvme_path", None)
+    details = {"memory": memory, "traffic": traffic, "collectives": summary["traffic"], "loss": history, "sample": sample,
+               "differences": [{"name": name, "bytes": nbytes} for name, nbytes in summary["differences"]],
+               "config": config, "matmul_precision": matmul, "notes": plan.notes, "parameters": plan.tensors.count}
+    machine = {"accelerator": hardware.gpu_name() if plan.gpu else "none", "ranks": plan.world}
+    return results.write(plan.run, settings=settings, measured=summary["measured"], predicted=summary["predicted"],
+                         estimated=summary["estimated"], details=details, machine=machine, command=plan.command,
+                         label=plan.settings["record"], folder=plan.folder)
