@@ -4,7 +4,8 @@
     python env_setup.py ready               exit 0: this interpreter is that of a complete, current .venv
     python env_setup.py make                makes .venv, or mends it; a second caller waits for the first
 
-A .venv is complete when its stamp file stands: written last, removed first. Only the standard library is used.
+A .venv is complete when its stamp file stands: written last, removed first. This file has more than 300 lines
+because it runs alone, before anything is installed; it uses only the standard library.
 """
 
 import contextlib
@@ -17,20 +18,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import tomllib
-import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "complete.json"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
+RUNS = ROOT / "runs"
+VERSION = sys.version.split()[0]
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
-# Bytes that must be free where .venv lies, and where pip keeps the wheels that it is about to install. Measured with
-# torch 2.13: an environment of 1.4 GB on a CPU, of 5.6 GB with CUDA's libraries; each with a margin.
+# Bytes that must be free: where .venv lies, and where pip keeps the wheels that it is about to install. Measured
+# with torch 2.13: an environment takes 1.4 GB on a CPU, 5.6 GB with CUDA's libraries; the rest is margin.
 NEEDED = {"cpu": (2e9, 0.5e9), "cuda": (7e9, 3e9)}
 held = ()                                 # the descriptor of the lock: see lock()
 
@@ -75,7 +76,7 @@ def lacking(extras=()):
     wanted = sum((project["optional-dependencies"][extra] for extra in extras), project["dependencies"])
     missing = []
     if not satisfies("%d.%d" % sys.version_info[:2], project["requires-python"]):
-        missing.append(f"Python {project['requires-python']} (it is {sys.version.split()[0]})")
+        missing.append(f"Python {project['requires-python']} (it is {VERSION})")
     for requirement in wanted:
         name, ranges = re.fullmatch(r"([\w.-]+)(.*)", requirement).groups()
         try:
@@ -139,107 +140,92 @@ def lock():
     pip of a killed set-up keeps others waiting until it has ended too and no longer writes into .venv.
     """
     global held
-    path = ROOT / "runs" / "env.lock"     # not inside .venv, which is removed and made anew under it
-    path.parent.mkdir(exist_ok=True)
-    with open(path, "a+") as file:
+    RUNS.mkdir(exist_ok=True)
+    with open(RUNS / "env.lock", "a+") as file:           # not in .venv, which is removed and made anew under it
         start, said = time.monotonic(), 0
         while True:
             try:
-                if os.name == "nt":
-                    import msvcrt
-                    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-                else:
-                    import fcntl
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                import fcntl
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = (file.fileno(),)
                 break
-            except (BlockingIOError, PermissionError):
+            except BlockingIOError:
                 waited = time.monotonic() - start
-                if waited >= said:        # at 0, 10, 20 ... seconds
+                if waited >= said:                        # at 0, 10, 20 ... seconds
                     said += 10
                     file.seek(0)
                     say(f"waiting for another set-up here (process {file.read().strip()}), {waited:.0f} s")
                 time.sleep(0.2)
-            except OSError as error:      # some network file systems have no locks
-                say(f"cannot lock {path} ({error.strerror}): start no second set-up before this one has ended")
+            except (ImportError, OSError):                # Windows, and some network file systems
+                say(f"{RUNS} cannot be locked: start no second set-up before this one has ended")
                 break
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        held = () if os.name == "nt" else (file.fileno(),)
         yield
 
 
 def explain(title, output):
-    """Why a pip command failed: a sentence where the cause is known, and its last lines."""
-    causes = [
-        (r"No space left on device|Disk quota exceeded",
-         "the disk is full: free some space, or let TMPDIR and PIP_CACHE_DIR point to where there is some."),
-        (r"CERTIFICATE_VERIFY_FAILED",
-         "the certificate of the package index is not trusted here: let PIP_CERT name the right one."),
-        (r"connection broken|NewConnectionError|Max retries exceeded|ReadTimeout|ProxyError",
-         "no network: pip cannot reach a package index. Behind a proxy set HTTPS_PROXY; an index of your own is "
-         "named by PIP_INDEX_URL. Then start again."),
-        (r"No matching distribution|Could not find a version",
-         f"the index has no such package for Python {sys.version.split()[0]} on this system; "
-         "Python 3.11 to 3.13 are known to work."),
-    ]
-    cause = next((text for pattern, text in causes if re.search(pattern, output)), "the command failed.")
-    return f"{title}: {cause}\n" + "\n".join("    " + line for line in output.splitlines()[-12:])
+    """Why a command failed: a sentence where the cause is known, and the last lines it printed."""
+    causes = {
+        r"No space left on device|Disk quota exceeded":
+            "the disk is full: free some space, or let TMPDIR and PIP_CACHE_DIR point to where there is some.",
+        r"CERTIFICATE_VERIFY_FAILED":
+            "the certificate of the package index is not trusted here: let PIP_CERT name the right one.",
+        r"connection broken|NewConnectionError|Max retries exceeded|ReadTimeout|ProxyError":
+            "no network: pip cannot reach a package index. Behind a proxy set HTTPS_PROXY; PIP_INDEX_URL names an "
+            "index of your own. Then start again.",
+        r"No matching distribution|Could not find a version":
+            f"the index has no such package for Python {VERSION} here; 3.11 to 3.13 are known to work.",
+        "": "the command failed."}
+    cause = next(text for pattern, text in causes.items() if re.search(pattern, output))
+    return "\n    ".join([f"{title}: {cause}", *output.splitlines()[-12:]])
+
+
+def latest(output):
+    """What a command is at: its last line that tells something; pip's raw progress becomes a percentage.
+
+    >>> latest("Collecting torch\\n  Downloading torch.whl (190 MB)\\nWARNING: slow\\nProgress 95 of 190\\n")
+    'Downloading torch.whl (190 MB) 50 %'
+    """
+    percent = re.search(r"Progress (\d+) of ([1-9]\d*)\n\Z", output)
+    noise = r"WARNING|Progress|\s*(Attempting|Found existing|Uninstalling|Successfully uninstalled|$)"
+    lines = [line for line in output.splitlines() if not re.match(noise, line)] or [""]
+    return lines[-1].strip() + (f" {100 * int(percent[1]) // int(percent[2])} %" if percent else "")
 
 
 def step(title, command):
-    """Runs one command of the set-up and returns its output; shows its last line and the seconds that pass."""
-    environment = dict(os.environ, PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_NO_INPUT="1", PIP_USER="0",
-                       PYTHONUNBUFFERED="1",
-                       DS_BUILD_OPS="0")  # DeepSpeed's C++ parts are built later, by what needs them
-    environment.pop("PYTHONPATH", None)
-    environment.pop("PYTHONHOME", None)
-    process = subprocess.Popen(
-        [str(part) for part in command], cwd=ROOT, env=environment, pass_fds=held, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-    lines, news = [], [""]
-    noise = re.compile(r"WARNING|\s*(Attempting|Found existing|Uninstalling|Successfully uninstalled|$)")
-
-    def read():
-        for line in process.stdout:
-            done = re.match(r"Progress (\d+) of (\d+)", line)
-            if done:
-                news[0] = f"{news[0].split('  at ')[0]}  at {100 * int(done[1]) // max(1, int(done[2]))} %"
-            else:
-                lines.append(line)
-                if not noise.match(line):
-                    news[0] = " ".join(line.split())
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
+    """Runs one command of the set-up; shows what it is at and for how long. Its output lies in runs/env.log."""
+    own = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1", "PIP_USER": "0", "PYTHONUNBUFFERED": "1",
+           "DS_BUILD_OPS": "0"}           # DeepSpeed's C++ parts are built later, by what needs them
+    inherited = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-    start, said = time.monotonic(), 0
+    log, start, said = RUNS / "env.log", time.monotonic(), 0
 
-    def show(end, text=""):
-        line = f"env.sh: {title}  {time.monotonic() - start:.0f} s  {text}"
+    def show(end, text):
+        line = f"env.sh: {title}  {time.monotonic() - start:.0f} s  {text}".rstrip()
         if terminal:
             line = "\r\033[K" + line[:shutil.get_terminal_size().columns - 1]
-        print(line.rstrip(), end=end, file=sys.stderr, flush=True)
+        print(line, end=end, file=sys.stderr, flush=True)
 
+    with open(log, "w") as output:
+        process = subprocess.Popen([str(part) for part in command], cwd=ROOT, env=inherited | own, pass_fds=held,
+                                   stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
     try:
-        while True:
+        while process.poll() is None:
             if terminal:
-                show("", news[0])
-            elif time.monotonic() - start >= said:      # a log gets a line at the start and every ten seconds
+                show("", latest(log.read_text(errors="replace")))
+            elif time.monotonic() - start >= said:        # a log gets a line at the start and every ten seconds
                 said += 10
-                show("\n", news[0][:100])
+                show("\n", latest(log.read_text(errors="replace"))[:100])
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=0.25)
-                break
     except BaseException:
         process.kill()
         raise
-    reader.join(timeout=10)
-    output = "".join(lines)
     show("\n", "done" if process.returncode == 0 else "failed")
     if process.returncode != 0:
-        raise SetupError(explain(title, output))
-    return output
+        raise SetupError(explain(title, log.read_text(errors="replace")))
 
 
 def check_room(build):
@@ -253,6 +239,8 @@ def check_room(build):
 
 def cpu_index():
     """pip's arguments for PyTorch's index of CPU wheels; none where it does not answer within seconds."""
+    import urllib.request                 # here, since every start of a program imports this file
+
     try:
         urllib.request.urlopen(f"{CPU_INDEX}/torch/", timeout=5).close()
         return ["--extra-index-url", CPU_INDEX]
@@ -268,15 +256,13 @@ def refuse_cuda(report):
     libraries = [name for name in chosen.get("requires_dist", ()) if re.match("nvidia|cuda|triton", name)]
     if libraries:
         raise SetupError(
-            f"no CPU build of torch {chosen['version']} is found for Python {sys.version.split()[0]}, only one "
+            f"no CPU build of torch {chosen['version']} is found for Python {VERSION}, only one "
             f"with CUDA: {len(libraries)} packages of libraries, gigabytes, and there is no NVIDIA GPU here "
             f"(nvidia-smi lists none). Make {CPU_INDEX} reachable, or name an index or folder with a CPU wheel "
             "by PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS, and start again; or take CUDA's: TORCH_BUILD=cuda")
 
 
 def make():
-    if not (ROOT / "pyproject.toml").exists() or not (ROOT / "constraints.txt").exists():
-        raise SetupError(f"pyproject.toml or constraints.txt is missing in {ROOT}: this is not a whole checkout.")
     build, python, start = torch_build(), BIN / "python", time.monotonic()
     pip = [python, "-m", "pip", "install", "--progress-bar", "raw", "--constraint", "constraints.txt"]
     with lock():
@@ -290,8 +276,7 @@ def make():
             # No stamp: a set-up was killed, and packages may stand half written, which pip does not notice.
             shutil.rmtree(VENV, ignore_errors=True)
             check_room(build)
-            say(f"making {VENV} with Python {sys.version.split()[0]}, once; it takes minutes and "
-                f"{NEEDED[build][0] / 1e9:.0f} GB")
+            say(f"making {VENV} with Python {VERSION}, once: some minutes and {NEEDED[build][0] / 1e9:.0f} GB")
             steps.append(("empty environment", [sys.executable, "-m", "venv", "--clear", VENV], None))
         else:
             say(f"bringing {VENV} up to date with constraints.txt and pyproject.toml")

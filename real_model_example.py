@@ -9,16 +9,13 @@ A strategy is a DeepSpeed config (strategies/N_name/config.json); the program is
 report: what the ranks held and sent, predicted beside counted, and how that differs from the ZeRO paper.
 """
 
-import contextlib
 import math
-import os
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))     # run from any directory, installed or not
 
-from strategies import effective, models
+from strategies import checks, models
 from yardstick import ranks
 from yardstick.settings import Choice, Either, SettingsError, override
 
@@ -83,7 +80,7 @@ def learning_rate_factor(settings):
 def main():
     settings = override(CONFIG, [a for a in sys.argv[1:] if not a.startswith("--local_rank")],
                         where="real_model_example.py")
-    plan = models.check(settings)          # imports, refuses what cannot work, reads data; before any rank starts
+    plan = checks.check(settings)          # imports, refuses what cannot work, reads data; before any rank starts
     if ranks.is_rank():
         train(plan)
         return 0
@@ -99,10 +96,10 @@ def train(plan, after_backward=None, finish=True):
     """
     import deepspeed
     import torch
-    from tqdm import tqdm
 
     from yardstick import data, op_cache, report
     from yardstick.probe import Probe
+    from yardstick.progress import Log
     from yardstick.traffic import Meter
 
     settings = plan.settings
@@ -119,7 +116,7 @@ def train(plan, after_backward=None, finish=True):
     del model
     batches = data.Batches(plan.corpus.train, plan.seq, plan.global_batch, settings["seed"])
     probe = Probe(engine, meter, steps=settings["steps"], accumulation=plan.accumulation, counting=settings["count"])
-    log = report.Log(plan, rank, probe)
+    log = Log(plan, rank)
     history = []
 
     engine.train()

@@ -112,10 +112,10 @@ def effective(settings, config, *, micro, accumulation, precision, nvme_path=Non
 
 def ops_of(config):
     """DeepSpeed's C++ ops that a config needs, with those that training never calls left out."""
-    parameters = config.get("optimizer", {}).get("params", {})
+    optimizer = config.get("optimizer", {})
     zero = config.get("zero_optimization", {})
     devices = [(zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")]
     ops = ["async_io"] if "nvme" in devices else []
-    if not parameters.get("torch_adam"):
+    if optimizer.get("type", "").lower() in ("adam", "adamw") and not optimizer.get("params", {}).get("torch_adam"):
         ops.append("cpu_adam" if devices[0] != "none" else "fused_adam")
     return ops

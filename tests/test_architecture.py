@@ -13,16 +13,16 @@ import sys
 import pytest
 
 from yardstick.documents import files
-from yardstick.results import ROOT, private_paths
+from yardstick.results import ROOT, path_pattern
 
 # The parts of yardstick, by what they may import. A new module is named here before it passes.
 PARTS = {
     "core": "settings shapes formulas step_time schedules hardware plan results documents deepspeed_map "
             "deepspeed_config deepspeed_formulas".split(),
     "arrays": "data data_sources figures".split(),
-    "torch": "ranks model ledger probe traffic op_cache".split()}
+    "torch": "ranks model ledger probe traffic op_cache report progress".split()}
 YARDSTICK = "yardstick/core yardstick/arrays yardstick/torch hjson "
-OPTIONAL = "tqdm tensorboard datasets wandb"
+OPTIONAL = "tqdm tensorboard datasets wandb psutil"
 
 # (files, what they may import anywhere, what they may import inside functions only). The standard library is
 # free; "own" is the file's own top-level folder; a folder that is not named as "own" imports no sibling.
@@ -44,6 +44,7 @@ TABLE = [
     (r"(pipedream|megatron)/.*", YARDSTICK + "own torch numpy", OPTIONAL),
     (r"alpa/.*", "yardstick/core yardstick/arrays own numpy jax flax optax scipy", OPTIONAL),
 ]
+PROGRAM = {"real_model_example", "strategies"}                     # one subject: the program and its six configs
 FREE = re.compile(r"tests/.*|(.*/)?(test_[^/]*|conftest)\.py")    # tests may import everything
 
 LINES = 300                                  # of a file that is read; its docstring may say why it has more
@@ -82,7 +83,8 @@ def import_errors(path, text, paths=()):
         return [f"{path}: no row of TABLE in tests/test_architecture.py says what it may import; add it there"]
     anywhere, in_functions = set(row[1].split()), set(row[2].split())
     folder = path.rpartition("/")[0]
-    own = {path.split("/")[0].removesuffix(".py")} | ({"real_model_example"} if folder == "strategies" else set())
+    own = {path.split("/")[0].removesuffix(".py")}
+    own |= PROGRAM if own & PROGRAM else set()
     siblings = {pathlib.PurePath(other).stem for other in paths
                 if folder and other.endswith(".py") and other.rpartition("/")[0] == folder}
     errors = []
@@ -133,7 +135,7 @@ def content_errors(path, text):
     """Paths of one machine; emoji and characters that cannot be seen."""
     places = [r"/home/\w", r"/Users/\w", r"/root/\w", r"[A-Z]:\\Users", r"file:///\w"]
     if len(ROOT.parts) > 2:      # /app could be a part of any path
-        places.append(private_paths(ROOT)["the repository"])
+        places.append(path_pattern(ROOT))
     errors = []
     for number, line in enumerate(text.splitlines(), 1):
         if found := re.search("|".join(places), line):
@@ -214,6 +216,7 @@ def test_the_core_of_yardstick_works_without_packages():
     ("env_setup.py", "def f():\n    import yardstick", False),
     ("real_model_example.py", "import torch, deepspeed, yardstick.ledger", True),
     ("strategies/compare.py", "from real_model_example import CONFIG\nfrom strategies import benchmark", True),
+    ("real_model_example.py", "from strategies import effective", True),
     ("strategies/compare.py", "import pipedream.simulator", False),
     ("guides/zero_from_collectives.py", "import torch, deepspeed, yardstick.ranks", True),
     ("guides/zero_from_collectives.py", "import preflight", False),

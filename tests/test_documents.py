@@ -27,7 +27,7 @@ LINK = re.compile(r"\]\(\s*<?([^)\s>]+)>?[^)\n]*\)"            # [text](target),
                   r"|\b(?:src|href)=\"([^\"]+)\"", re.MULTILINE)
 HEREDOC = re.compile(r"<<-?\s*['\"]?(\w+)['\"]?[^\n]*\n.*?^\s*\1$", re.MULTILINE | re.DOTALL)
 HEADING = re.compile(r"^(#{1,6}) +(.+?) *#*$", re.MULTILINE)
-PLACEHOLDER = re.compile(r"(^|/)[A-Z_]+(/|$)")                   # strategies/N/run.sh, results/LABEL/...
+PLACEHOLDER = re.compile(r"(^|/)([A-Z_]+|N_name)(/|$)")          # strategies/N/run.sh, results/LABEL/...
 ELSEWHERE = re.compile(r"[a-z+]+:|//")                            # a link that leaves the repository
 
 

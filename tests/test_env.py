@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import types
 import zipfile
 from pathlib import Path
 
@@ -97,11 +98,11 @@ def checkout(tmp_path):
 @pytest.fixture
 def pip_wheel(checkout):
     """Puts this environment's own pip into the index of small wheels, since env_setup.py wants a recent one."""
-    if importlib.util.find_spec("pip") is None or not env_setup.satisfies(importlib.metadata.version("pip"), ">=24.1"):
-        pytest.skip("this environment has no pip of 24.1 or newer to install from")
+    pip = importlib.metadata.distribution("pip") if importlib.util.find_spec("pip") else None
+    if pip is None or not env_setup.satisfies(pip.version, ">=24.1"):
+        pytest.skip("this environment has no pip of 24.1 or newer to make a wheel of")
     if importlib.util.find_spec("ensurepip") is None:
         pytest.skip("this Python has no venv module")
-    pip = importlib.metadata.distribution("pip")
     with zipfile.ZipFile(checkout.parent / "wheels" / f"pip-{pip.version}-py3-none-any.whl", "w") as archive:
         for file in pip.files:
             if not str(file).startswith("..") and "__pycache__" not in str(file):
@@ -117,16 +118,18 @@ def python(checkout, name, script):
 
 
 def environment(checkout, **extra):
-    """Variables of a start: PATH of the test alone, no package index but the small wheels, no way to the network."""
+    """Variables of a start: PATH of the test alone, small wheels for an index, no way to the network."""
     parent = checkout.parent
-    return dict(PATH=str(parent / "bin"), HOME=str(parent), LANG="C.UTF-8", PIP_CONFIG_FILE="/dev/null", PIP_NO_INDEX="1",
-                PIP_FIND_LINKS=str(parent / "wheels"), https_proxy="http://127.0.0.1:9", **extra)
+    own = dict(PATH=str(parent / "bin"), HOME=str(parent), LANG="C.UTF-8", https_proxy="http://127.0.0.1:9",
+               PIP_CONFIG_FILE="/dev/null", PIP_NO_INDEX="1", PIP_FIND_LINKS=str(parent / "wheels"))
+    return {**own, **extra}
 
 
 def start(checkout, *arguments, folder="3_zero_stage2", cwd=None, **extra):
     return subprocess.Popen(
         ["bash", str(checkout / "strategies" / folder / "run.sh"), *arguments], cwd=cwd or checkout.parent,
-        env=environment(checkout, **extra), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        env=environment(checkout, **extra), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True)
 
 
 def run(checkout, *arguments, **extra):
@@ -135,8 +138,6 @@ def run(checkout, *arguments, **extra):
     out, said = process.communicate(timeout=120)
     return process.returncode, out, said
 
-
-# Nothing needs to be made ---------------------------------------------------------------------------------------
 
 def test_doctests():
     assert doctest.testmod(env_setup).failed == 0
@@ -179,7 +180,8 @@ def active(checkout, **versions):
 @pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])
 def test_an_active_environment_that_satisfies_is_used_as_it_is(checkout, variable):
     folder = active(checkout, torch="2.13.0+cpu", deepspeed="0.19.9")
-    (checkout / "real_model_example.py").write_text("import os; print(os.environ['PYTHON'], os.environ['PYTHONPATH'])")
+    show = "import os; print(os.environ['PYTHON'], os.environ['PYTHONPATH'])"
+    (checkout / "real_model_example.py").write_text(show)
     code, out, said = run(checkout, **{variable: str(folder)})
     assert (code, said) == (0, "")
     assert str(folder / "bin" / "python") in out and str(checkout) in out
@@ -201,8 +203,6 @@ def test_an_active_environment_that_lacks_something_is_named(checkout):
     assert f"{folder} lacks torch>=2.9 (it has 2.4.1), deepspeed>=0.19.8,<0.20 (it has 0.20.0)" in said
 
 
-# What is said when nothing can be made --------------------------------------------------------------------------
-
 def test_no_python(checkout):
     code, out, said = run(checkout)
     assert code != 0 and out == ""
@@ -222,15 +222,15 @@ def test_no_venv_module(checkout):
 
 
 def test_no_disk(monkeypatch):
-    monkeypatch.setattr(env_setup.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(9e9, 8e9, 1e9))
+    monkeypatch.setattr(env_setup.shutil, "disk_usage", lambda place: types.SimpleNamespace(free=1e9))
     with pytest.raises(env_setup.SetupError, match=r"1.0 GB are free in .*, the environment needs 2.0 GB"):
         env_setup.check_room("cpu")
 
 
 @pytest.mark.parametrize("output, cause", [
-    ("connection broken by 'NewConnectionError(...)'\nERROR: No matching distribution found for torch", "no network"),
-    ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "the disk is full"),
-    ("SSLError(... CERTIFICATE_VERIFY_FAILED ...)", "PIP_CERT"),
+    ("connection broken by 'NewConnectionError'\nERROR: No matching distribution found for torch", "no network"),
+    ("ERROR: Could not install packages: [Errno 28] No space left on device", "the disk is full"),
+    ("connection broken by 'SSLError(CERTIFICATE_VERIFY_FAILED)'", "PIP_CERT"),
     ("ERROR: No matching distribution found for torch==2.13.0", "no such package for Python"),
 ])
 def test_why_pip_failed(output, cause):
@@ -245,8 +245,6 @@ def test_no_network(checkout):
     assert code != 0 and out == ""
     assert "no network: pip cannot reach a package index" in said
 
-
-# Making .venv ---------------------------------------------------------------------------------------------------
 
 def test_made_once_then_found_at_once(checkout, pip_wheel):
     code, out, said = run(checkout, "data=a b", "steps=3")
@@ -272,9 +270,7 @@ def test_made_once_then_found_at_once(checkout, pip_wheel):
     (checkout / "constraints.txt").write_text("torch==2.14.0\ndeepspeed==0.19.8\n")
     code, out, said = run(checkout)
     assert code == 0 and "up to date" in said and marker.exists()
-    installed = subprocess.run([venv / "bin" / "python", "-c", "import importlib.metadata as m; print(m.version('torch'))"],
-                               capture_output=True, text=True)
-    assert installed.stdout == "2.14.0\n"
+    assert list(venv.glob("lib/*/site-packages/torch-2.14.0.dist-info"))
 
 
 def test_killed_in_the_middle_then_two_at_once(checkout, pip_wheel):
@@ -300,8 +296,9 @@ def test_killed_in_the_middle_then_two_at_once(checkout, pip_wheel):
 def test_cuda_is_not_installed_where_there_is_no_gpu(checkout, pip_wheel):
     if sys.platform != "linux":
         pytest.skip("wheels with CUDA libraries exist for Linux")
-    wheel(checkout.parent / "wheels", "torch", "2.13.0", ["nvidia-cublas; platform_system == 'Linux'", "triton==3.7"])
+    wheel(checkout.parent / "wheels", "torch", "2.13.0", ["nvidia-cublas; python_version > '3'", "triton==3.7"])
     code, out, said = run(checkout)
     assert code != 0 and out == ""
-    assert "no CPU build of torch 2.13.0" in said and "2 packages of libraries" in said and "TORCH_BUILD=cuda" in said
+    assert "no CPU build of torch 2.13.0" in said and "2 packages of libraries" in said
+    assert "TORCH_BUILD=cuda" in said
     assert not list((checkout / ".venv").glob("lib/*/site-packages/torch*"))

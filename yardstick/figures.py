@@ -23,7 +23,8 @@ COLLECTIVES = {"all_reduce": "#332288", "reduce_scatter": "#44AA99", "all_gather
                "broadcast": "#999933", "all_to_all": "#AA4499"}
 STRATEGIES = {"dp": "#332288", "zero1": "#66AADD", "zero2": "#228833", "zero3": "#CCAA22", "offload": "#EE6677",
               "infinity": "#AA3377"}
-OTHER = "#8A8A8A"                     # what has no colour of its own
+OTHER = "#8A8A8A"                                # what has no colour of its own
+WHITE = {"facecolor": "white", "edgecolor": "none"}   # behind texts that stand on lines
 PLACES = {"": "device memory", "host": "host memory", "nvme": "NVMe files"}
 PALER = {"": 0.0, "host": 0.45, "nvme": 0.7}    # share of white in the colour of a kind, by place
 SERIES = ("measured", "predicted", "paper")      # bars drawn solid, hatched and outlined
@@ -55,17 +56,16 @@ def save(figure, name, folder=".", commit=False):
 
 
 def memory_bars(target, rows, second=None, third=None, names=SERIES, title=""):
-    """Stacked bars of bytes by kind: rows = {label: {kind: bytes}}.
-
-    `second` and `third` have the same form; their bars stand below each row's first, hatched and outlined.
-    """
+    """Stacked bars of bytes by kind: rows = {label: {kind: bytes}}; `second` and `third`, of the same form, stand
+    below each row's first bar, hatched and outlined."""
     return _on(target, lambda axes: _bars(axes, (rows, second, third), names, title), rows, second, third)
 
 
 def traffic_bars(target, rows, second=None, third=None, names=SERIES, title="", P=None):
     """Stacked bars of bytes sent by collective: rows = {label: {collective: bytes}}, `second` and `third` alike.
 
-    P: the bytes of all parameters, in whose multiples the papers count; draws lines at 1P, 2P, 3P.
+    P: what a rank sends to pass all parameters around the ring once, in whose multiples the papers count; draws
+    lines at 1P, 2P, 3P.
     """
     def draw(axes):
         most, size = _bars(axes, (rows, second, third), names, title)
@@ -76,7 +76,7 @@ def traffic_bars(target, rows, second=None, third=None, names=SERIES, title="", 
             for multiple in range(1, max(3, round(most / P)) + 1):
                 axes.axvline(multiple * P / size, color="#666666", linewidth=1, linestyle=(0, (4, 3)), zorder=0.5)
                 axes.text(multiple * P / size, top - 0.15, f"{multiple}P", ha="center", va="center", fontsize=10.5,
-                          bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})
+                          bbox={**WHITE, "pad": 1.5})
     return _on(target, draw, rows, second, third)
 
 
@@ -149,13 +149,15 @@ def run_figure(record, path):
     """The figure of one run: memory by kind, traffic by collective, each measured beside predicted, and the loss.
 
     record: as yardstick.results writes it, with details["memory"] = {moment: {"measured": {kind: bytes},
-    "predicted": ..., "paper": ...}}, details["traffic"] = {"measured": {collective: bytes}, "predicted": ...,
-    "paper": ..., "parameter_bytes": P}, details["loss"] = [nats]. What is missing is not drawn.
+    "predicted": ..., "paper": ...}}, details["traffic"] = {"measured": {collective: ring bytes}, "predicted": ...,
+    "weights_bytes": of all ranks}, details["loss"] = [nats]. What is missing is not drawn.
     """
     details, settings = record.get("details", {}), record.get("settings", {})
-    memory, traffic, loss = (details.get(name) for name in ("memory", "traffic", "loss"))
-    columns = [name for name, part in (("memory", memory), ("traffic", traffic)) if part]
-    layout = ([columns] if columns else []) + ([["loss"] * max(1, len(columns))] if loss else [])
+    memory, traffic, loss = (details.get(name) or {} for name in ("memory", "traffic", "loss"))
+    ranks = record.get("machine", {}).get("ranks")
+    sent = [{"one step": traffic[name]} if traffic.get(name) else {} for name in SERIES]
+    columns = ["memory"] * bool(memory) + ["traffic"] * any(sent)
+    layout = [columns] * bool(columns) + [["loss"] * max(1, len(columns))] * bool(loss)
     if not layout:
         raise ValueError(f"nothing to draw: the record of {record.get('run')} has no details of a run.")
     figure = _new(14, (4.6 if columns else 0.6) + (3.2 if loss else 0))
@@ -164,12 +166,11 @@ def run_figure(record, path):
         moments = {moment: {"rest": "at rest"}.get(moment, moment.replace("_", " ")) for moment in memory}
         memory_bars(panels["memory"], title="Memory of one rank (the most of any)", *(
             {moments[moment]: part[name] for moment, part in memory.items() if name in part} for name in SERIES))
-    if traffic:
-        traffic_bars(panels["traffic"], title="Sent by one rank in a step", P=traffic.get("parameter_bytes"), *(
-            {"one step": traffic[name]} if name in traffic else {} for name in SERIES))
+    if any(sent):
+        traffic_bars(panels["traffic"], *sent, title="Sent by one rank in a step",
+                     P=traffic.get("weights_bytes", 0) * (ranks - 1) / ranks if ranks else None)
     if loss:
         curves(panels["loss"], {settings.get("strategy", "loss"): loss}, title="Training loss")
-    ranks = record.get("machine", {}).get("ranks")
     facts = settings.get("strategy"), settings.get("model"), f"{ranks} ranks" if ranks else None
     figure.suptitle(", ".join(filter(None, facts)), x=0.012, ha="left", fontsize=16, fontweight="bold")
     return _save(figure, path)
@@ -197,8 +198,7 @@ def _on(target, draw, rows, *others):
     return _save(figure, target)
 
 
-def _unit(most):
-    """(name, bytes) of the unit in which `most` bytes is a number from 1 to 1000."""
+def _unit(most):   # (name, bytes)
     units = ("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 0)
     return next((name, size or 1) for name, size in units if most >= size)
 
@@ -228,8 +228,8 @@ def _bars(axes, series, names, title):
         raise ValueError(f"nothing to draw: no rows for the bars {title!r}.")
     labels = list(dict.fromkeys(label for rows, _, _ in series for label in rows))
     stacks = [stack for rows, _, _ in series for stack in rows.values()]
-    keys = sorted({key for stack in stacks for key in stack if stack[key]}, key=_order)
     most = max((sum(stack.values()) for stack in stacks), default=0) or 1
+    keys = sorted({key for stack in stacks for key in stack if stack[key] > most / 1000}, key=_order)   # visible
     unit, size = _unit(most)
     pitch = len(series) + 0.7                                      # bars are 1 high
     for s, (rows, _, look) in enumerate(series):
@@ -239,8 +239,8 @@ def _bars(axes, series, names, title):
                 axes.barh(y, stack[key] / size, left=left, height=0.8 if look == "outlined" else 0.86,
                           **_look(look, _colour(key)))
                 left += stack[key] / size
-            axes.annotate(f"{left:.3g} {unit}", (left, y), xytext=(6, 0), textcoords="offset points", va="center",
-                          fontsize=10.5, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+            axes.annotate(f"{sum(stack.values()) / size:.3g} {unit}", (left, y), xytext=(6, 0), va="center",
+                          fontsize=10.5, textcoords="offset points", bbox={**WHITE, "pad": 1})
     low, high = -0.7, (len(labels) - 1) * pitch + len(series) - 0.3
     room = max(0.0, 5 - (high - low)) / 2                          # a few bars do not become slabs
     axes.set(xlabel=unit, title=title, ylim=(high + room, low - room), xlim=(0, most / size * 1.17))

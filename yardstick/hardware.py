@@ -1,5 +1,7 @@
 """What accelerators can do on paper: peak arithmetic, each number with its source."""
 
+import re
+
 # Dense FLOP/s of matrix products with fp32 accumulation, without sparsity, from NVIDIA's data sheets of each card:
 # "16" for bf16 and fp16, "32" for fp32 outside the tensor cores.
 PEAK_FLOPS = {
@@ -18,12 +20,6 @@ PEAK_FLOPS = {
 }
 
 
-def gpu_name():
-    """The name of the first GPU as CUDA gives it, or "none"."""
-    import torch
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
-
-
 def peak_flops(name, precision):
     """Peak FLOP/s of a GPU by its name, or None for one that the table lacks.
 
@@ -32,7 +28,6 @@ def peak_flops(name, precision):
     >>> peak_flops("NVIDIA L40S", "fp16"), peak_flops("unknown", "bf16")
     (362000000000000.0, None)
     """
-    import re
     for known, peaks in PEAK_FLOPS.items():
         if re.search(rf"(?<!\w){re.escape(known)}(?!\d|S\b)", name):
             return peaks["32" if precision == "fp32" else "16"]

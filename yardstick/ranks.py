@@ -41,6 +41,12 @@ def gpu_count():
     return torch.cuda.device_count() if torch.version.cuda and torch.cuda.is_available() else 0
 
 
+def gpu_name():
+    """The name of the first GPU as CUDA gives it, or "none"."""
+    import torch
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
+
+
 def is_rank():
     """True in a process that a launcher started as one of several."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ

@@ -1,71 +1,15 @@
-"""The words and the record of a run: progress while it lasts, then what was held and sent beside both formulas."""
+"""The report and the record of a run: what was held and sent, beside both formulas, and where the time went."""
 
 import json
-import resource
 import shutil
-import sys
-import time
 from collections import defaultdict
 
-from yardstick import deepspeed_formulas, formulas, hardware, ledger, results
+from yardstick import deepspeed_formulas, formulas, hardware, ledger, ranks, results
 from yardstick.shapes import FP32, MIXED
 
 KIND_NAMES = {"parameter": "weights", "gradient": "gradients", "master": "fp32 master", "optimizer": "Adam's moments",
               "buffer": "buffers"}
 CONTROL_BYTES = 64             # collectives up to this are norms and flags; the table sums them up in one line
-
-
-class Log:
-    """Progress of rank 0: a bar on a terminal, else a line for each tenth; TensorBoard where it is asked for."""
-
-    def __init__(self, plan, rank, probe):
-        self.plan, self.rank, self.probe, self.bar = plan, rank, probe, None
-        self.steps = plan.settings["steps"]
-        self.begun = time.perf_counter()
-        self.writer = None
-        if plan.settings["tensorboard"] and rank.rank == 0:
-            from torch.utils.tensorboard import SummaryWriter
-            self.writer = SummaryWriter(plan.folder / "tensorboard")
-
-    def progress(self, steps):
-        if self.rank.rank == 0 and sys.stderr.isatty():
-            from tqdm import tqdm
-            self.bar = tqdm(steps, unit="step", dynamic_ncols=True)
-            return self.bar
-        return steps
-
-    def step(self, step, loss, learning_rate):
-        """Show one finished step: mean loss over ranks, tokens per second, memory of this process."""
-        if self.rank.rank:
-            return
-        now = time.perf_counter()
-        speed = self.plan.global_batch * self.plan.seq / (now - self.begun)
-        self.begun = now
-        memory = memory_in_use(self.rank)
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, {memory / 1e9:.2f} GB")
-        elif step in (0, self.steps - 1) or (step + 1) % max(1, self.steps // 10) == 0:
-            print(f"step {step + 1}/{self.steps}  loss {loss:.4f}  {speed:,.0f} tokens/s  {memory / 1e9:.2f} GB",
-                  file=sys.stderr, flush=True)
-        if self.writer:
-            for name, value in (("loss", loss), ("learning_rate", learning_rate), ("tokens_per_second", speed)):
-                self.writer.add_scalar(name, value, step + 1)
-
-    def close(self):
-        if self.writer:
-            self.writer.close()
-
-
-def memory_in_use(rank):
-    """Bytes of this process's device: what CUDA's allocator holds, else the resident memory."""
-    if rank.gpu:
-        import torch
-        return torch.cuda.memory_allocated()
-    try:
-        with open("/proc/self/statm") as statm:
-            return int(statm.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def finish(plan, rank, engine, probe, meter, history, matmul, evaluation, sample):
@@ -83,8 +27,13 @@ def finish(plan, rank, engine, probe, meter, history, matmul, evaluation, sample
     if rank.rank:
         return
     summary = summarise(plan, everyone, history, evaluation)
-    print(text_of(plan, summary, history, evaluation, sample))
+    if not plan.brief:
+        print(text_of(plan, summary, history, evaluation, sample))
     path = write_record(plan, summary, history, matmul, sample)
+    if plan.brief:
+        print(f"loss {history[-1]:.6f} after {len(history)} steps, {1e3 * summary['measured']['step_seconds_median']:.0f} ms each",
+              flush=True)
+        return
     from yardstick import figures
     figure = plan.folder / "figure.png"
     plan.folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +96,7 @@ def summarise(plan, everyone, history, evaluation):
                 recompute="full" if plan.settings["activation_checkpointing"] else "none")
     if plan.gpu:
         measured["peak_allocated_bytes"] = max(one["peak_allocated"] for one in everyone)
-        peak = hardware.peak_flops(hardware.gpu_name(), plan.precision)
+        peak = hardware.peak_flops(ranks.gpu_name(), plan.precision)
         if peak and plan.shape is not None:
             import dataclasses
             flops = formulas.train_flops(dataclasses.replace(plan.shape, seq=plan.seq), plan.global_batch)
@@ -317,7 +266,7 @@ def write_record(plan, summary, history, matmul, sample):
     details = {"memory": memory, "traffic": traffic, "collectives": summary["traffic"], "loss": history, "sample": sample,
                "differences": [{"name": name, "bytes": nbytes} for name, nbytes in summary["differences"]],
                "config": config, "matmul_precision": matmul, "notes": plan.notes, "parameters": plan.tensors.count}
-    machine = {"accelerator": hardware.gpu_name() if plan.gpu else "none", "ranks": plan.world}
+    machine = {"accelerator": ranks.gpu_name() if plan.gpu else "none", "ranks": plan.world}
     return results.write(plan.run, settings=settings, measured=summary["measured"], predicted=summary["predicted"],
                          estimated=summary["estimated"], details=details, machine=machine, command=plan.command,
                          label=plan.settings["record"], folder=plan.folder)

@@ -16,7 +16,6 @@ import re
 import shlex
 import subprocess
 import sys
-import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy")
@@ -56,10 +55,9 @@ def write(run, *, outcome="ok", settings, measured, predicted, estimated=None, d
     text = re.sub(r'\[\n([^\[\]{}"]*)\n *\]', lambda m: "[" + " ".join(m[1].split()) + "]", text) + "\n"
     if label:
         path = root / "results" / label / f"{run}.json"
-        for place, pattern in private_paths(root).items():
-            if found := re.search(rf".*{pattern}.*", text):
-                raise ValueError(f"record {path.relative_to(root)}: a committed record holds no path of a machine "
-                                 f"but this names {place}: {found[0].strip()[:200]}. Run with relative paths.")
+        if found := _machine_path(record, text, root):
+            raise ValueError(f"{path.relative_to(root)}: a committed record holds no path of a machine; "
+                             f"this has {found.strip()[:200]}. Run with relative paths.")
     else:
         path = pathlib.Path(folder or run_folder(run, root)) / "record.json"
     replace_file(path, text)
@@ -141,12 +139,19 @@ def this_machine():
     return facts
 
 
-def private_paths(root):
-    """{what it is: regular expression} of the paths that say on whose machine a text was written."""
-    places = {"the repository": root, "the home folder": pathlib.Path.home(),
-              "the folder of temporary files": tempfile.gettempdir(), "the Python environment": sys.prefix}
-    return {what: rf"(?<![\w.-]){re.escape(str(place))}(?![\w-])"
-            for what, place in places.items() if str(place) != "/"}
+def path_pattern(path):
+    """A regular expression that finds `path`, or what lies under it, in a text."""
+    return rf"(?<![\w.-]){re.escape(str(path))}(?![\w-])"
+
+
+def _machine_path(record, text, root):
+    """What a record says of this machine's folders: the repository or home anywhere, any absolute path in the
+    command or a setting; None where it says nothing."""
+    for place in {str(root), str(pathlib.Path.home())} - {"/"}:
+        if found := re.search(rf".*{path_pattern(place)}.*", text):
+            return found[0]
+    words = [*record["command"].split(), *(str(value) for value in record["settings"].values())]
+    return next((word for word in words if re.match(r"['\"]?(-*[\w-]+=)?['\"]?(/|[A-Z]:\\)", word)), None)
 
 
 def _check_run(run):

@@ -11,7 +11,7 @@ P = 500e6
 MEMORY = {"zero2": {"parameter": P, "gradient": P / 2, "optimizer": P, "buffer": 0},
           "offload": {"parameter": P, "gradient@host": P / 2, "optimizer@host": P, "optimizer@nvme": P / 4}}
 TRAFFIC = {"measured": {"all_reduce": P, "all_gather": P / 2}, "predicted": {"all_reduce": P, "all_gather": P / 2},
-           "paper": {"reduce_scatter": P / 2, "all_gather": P / 2}, "parameter_bytes": P}
+           "paper": {"reduce_scatter": P / 2, "all_gather": P / 2}, "weights_bytes": 2 * P}
 RECORD = {"run": "strategies/3_zero_stage2", "settings": {"strategy": "zero2", "model": "tiny"},
           "machine": {"ranks": 2},
           "details": {"memory": {"rest": {"measured": MEMORY["zero2"], "predicted": MEMORY["zero2"]},
@@ -123,6 +123,18 @@ def test_run_figure_draws_what_is_there(tmp_path, missing):
     record = {key: value for key, value in RECORD.items() if key != missing}
     record["details"] = {key: value for key, value in RECORD["details"].items() if key != missing}
     assert figures.run_figure(record, tmp_path / "run.png").exists()
+
+
+def test_run_figure_of_one_rank_sends_nothing(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
+    traffic = {"measured": {}, "predicted": {}, "weights_bytes": P}
+    details = {**RECORD["details"], "traffic": traffic}
+    figures.run_figure({**RECORD, "machine": {"ranks": 1}, "details": details}, "")
+    figures.run_figure(RECORD, "")
+    alone, two = ([axes.get_title(loc="left") for axes in figure.axes] for figure in drawn)
+    assert len(alone) == 2 and two[1] == "Sent by one rank in a step"
+    assert [line.get_xdata()[0] for line in drawn[1].axes[1].lines] == [500, 1000, 1500]   # MB; half of the ring's
 
 
 def test_run_figure_of_nothing_is_an_error(tmp_path):

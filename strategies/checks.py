@@ -1,0 +1,186 @@
+"""All that can be wrong with a run, checked before any rank starts; what follows from its settings is a `Plan`."""
+
+import os
+import shlex
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from strategies import effective, models
+from yardstick import deepspeed_formulas, op_cache, ranks
+from yardstick.settings import SettingsError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Plan:
+    """All that a run needs, decided once: the same on every rank."""
+
+    settings: dict
+    config: dict                # the effective DeepSpeed config
+    ops: list                   # C++ ops it needs
+    world: int
+    gpu: bool
+    precision: str
+    global_batch: int
+    micro_batch: int
+    accumulation: int
+    seq: int
+    corpus: object
+    model_config: object        # of transformers
+    tensors: object             # deepspeed_formulas.Tensors
+    shape: object               # ModelShape of the GPT-2 family, else None
+    folder: Path                # of this run, absolute; made when something is written
+    run: str                    # its name in records: strategies/3_zero_stage2
+    command: str                # as a user types it
+    notes: list                 # sentences for the user
+    brief: bool = False         # one line at the end in place of the report
+
+
+def say(text):
+    """A line for the user, from the one process that starts the ranks, or from rank 0."""
+    if not ranks.is_rank() or os.environ.get("RANK") == "0":
+        print(text, file=sys.stderr, flush=True)
+
+
+def check(settings):
+    """The Plan of a run, or SettingsError; nothing has been started or written to the run's folder yet.
+
+    Builds DeepSpeed's C++ ops and tokenizes the data where that has not been done on this machine.
+    """
+    for key, least in (("steps", 1), ("warmup_steps", 0), ("eval_batches", 0), ("sample_tokens", 0)):
+        if settings[key] < least:
+            raise SettingsError(f"{key}={settings[key]} must be at least {least}.")
+    config = effective.read(settings["strategy"], settings["config"])
+    try:
+        world = int(os.environ["WORLD_SIZE"]) if ranks.is_rank() else ranks.default_world()
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    gpu = ranks.gpu_count() > 0
+    if not gpu:
+        ranks.use_cpu_accelerator()
+    elif int(os.environ.get("LOCAL_RANK", 0)) >= ranks.gpu_count():
+        raise SettingsError(f"LOCAL_RANK={os.environ['LOCAL_RANK']} but this machine has {ranks.gpu_count()} GPUs. "
+                            "Start as many processes as there are GPUs.")
+    precision = effective.precision_of(settings, gpu)
+    total, micro, times, how = effective.batch_triple(settings, config, world)
+
+    say(f"{settings['strategy']} on {world} {'GPU' if gpu else 'CPU process'}{'s' if world > 1 and gpu else ''}"
+        f"{'es' if world > 1 and not gpu else ''}; {how}")
+    begin = time.monotonic()
+    quiet_libraries()
+    model_config, shape = models.configuration(settings, gpu)
+    seq = sequence_of(settings, model_config, gpu)
+    if precision == "fp16":
+        from deepspeed.accelerator import get_accelerator
+        if not get_accelerator().is_fp16_supported():
+            raise SettingsError("precision=fp16: this device has no fp16 arithmetic that DeepSpeed uses. "
+                                "Use precision=bf16 or fp32.")
+    corpus, notes = corpus_of(settings, model_config, seq, total), []
+    if corpus.note:
+        notes.append(corpus.note)
+    tensors = models.tensors_of(model_config)
+    folder = folder_of(settings)
+    nvme = Path(settings["nvme_path"]).resolve() if settings["nvme_path"] else folder / "nvme"
+    if settings["nvme_path"] and not nvme.is_dir():
+        raise SettingsError(f"nvme_path={settings['nvme_path']} is no folder. Make it, on the disk that is to hold the "
+                            "swap files, or leave nvme_path= out.")
+    if settings["nvme_path"]:
+        nvme = nvme / folder.name                            # DeepSpeed empties it: two runs must not share it
+    config = effective.effective(settings, config, micro=micro, accumulation=times, precision=precision, nvme_path=nvme,
+                                 largest_share=-(-max(tensors.numels) // world))
+    ops = effective.ops_of(config)
+    if not ops and config["optimizer"]["params"].get("torch_adam") and not gpu:
+        notes.append("the optimizer is torch's Adam, which needs no compiler; cpp_ops=True takes DeepSpeed's")
+    if "async_io" in ops:
+        notes += check_disk(tensors, config, world, nvme)
+    try:
+        op_cache.prepare(ops, say=say)
+    except op_cache.OpError as error:
+        raise SettingsError(str(error)) from None
+    say(f"model {settings['model']}: {tensors.count:,} parameters, {seq} tokens a sequence, {precision}; data {corpus.name}: "
+        f"{len(corpus.train):,} tokens  (checked in {time.monotonic() - begin:.0f} s)")
+    for note in notes:
+        say(f"note: {note}")
+    return Plan(settings, config, ops, world, gpu, precision, total, micro, times, seq, corpus, model_config, tensors,
+                shape, folder, "strategies/" + effective.FOLDERS[settings["strategy"]], command_of(settings), notes)
+
+
+def command_of(settings):
+    """The command that repeats this run, with no path of this machine: run.sh and what differs from its defaults."""
+    words = [a for a in sys.argv[1:] if "=" in a and not a.startswith(("--", "strategy=", "output=", "nvme_path="))]
+    ranks_given = f"RANKS={os.environ['RANKS']} " if os.environ.get("RANKS") else ""
+    return ranks_given + shlex.join(["bash", f"strategies/{effective.FOLDERS[settings['strategy']]}/run.sh", *words])
+
+
+def quiet_libraries():
+    """Import the slow libraries, with the log lines of theirs that users cannot act on turned off."""
+    import logging
+    import warnings
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    import deepspeed
+    import transformers
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+
+
+def folder_of(settings):
+    """The run's own folder, absolute; made when something is written. The same for all ranks of a launcher."""
+    if settings["output"]:
+        return Path(settings["output"]).resolve()
+    import psutil
+    # ranks of one launcher agree on the name without a word: they have the same parent
+    pid = os.getppid() if ranks.is_rank() else os.getpid()
+    started = time.strftime("%Y%m%d-%H%M%S", time.localtime(psutil.Process(pid).create_time()))
+    stamp = os.environ.setdefault("RUN_STAMP", f"{started}-{pid}")
+    return ROOT / "runs" / "strategies" / effective.FOLDERS[settings["strategy"]] / stamp
+
+
+def sequence_of(settings, model_config, gpu):
+    limit = getattr(model_config, "max_position_embeddings", None) or getattr(model_config, "n_positions", None)
+    seq = settings["seq"] if settings["seq"] is not None else min(1024 if gpu else 128, limit or 1024)
+    if seq < 2:
+        raise SettingsError(f"seq={seq}: a sequence needs at least 2 tokens, one to predict from and one to predict.")
+    if limit and seq > limit:
+        raise SettingsError(f"seq={seq} is longer than the model's {limit} positions. Use seq={limit} or less.")
+    return seq
+
+
+def corpus_of(settings, model_config, seq, global_batch):
+    from yardstick import data
+    tokenizer = settings["tokenizer"]
+    if tokenizer is None and settings["pretrained"]:
+        tokenizer = settings["model"]
+    try:
+        corpus = data.load(settings["data"], tokenizer=tokenizer)
+        data.Batches(corpus.train, seq, global_batch, settings["seed"])
+    except (ValueError, OSError) as error:
+        raise SettingsError(str(error)) from None
+    if corpus.vocab > model_config.vocab_size:
+        raise SettingsError(f"the tokenizer has {corpus.vocab} tokens and the model's vocabulary {model_config.vocab_size}. "
+                            "Use the model's own tokenizer (tokenizer=), or another model.")
+    return corpus
+
+
+def check_disk(tensors, config, world, nvme):
+    """Refuse a run whose swap files do not fit; a note where nothing is large enough to be swapped."""
+    items = deepspeed_formulas.memory(tensors, config, ranks=world)
+    files = {item.kind: item.nbytes for item in items if item.place == "nvme"}
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
+    needed = local * sum(files.values())
+    there = next(parent for parent in (nvme, *nvme.parents) if parent.exists())
+    if not os.access(there, os.W_OK):
+        raise SettingsError(f"{there} cannot be written, and infinity keeps its swap files there. Give another "
+                            "nvme_path=.")
+    free = shutil.disk_usage(there).free
+    if free < 1.1 * needed:
+        raise SettingsError(f"the swap files of {local} ranks take {needed / 1e9:.2f} GB and {there} has {free / 1e9:.2f} GB "
+                            "free (10 % is kept in reserve). Free some, or give nvme_path= on a larger disk.")
+    if not files.get("parameter"):
+        return ["no weight's share is as large as 1 MiB on this many ranks, so DeepSpeed keeps all weights in memory"]
+    return [f"swap files: {needed / 1e6:.0f} MB over {local} rank{'s' if local > 1 else ''}"]

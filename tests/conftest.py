@@ -1,0 +1,71 @@
+"""Fixtures of all tests: fresh processes that have torch, DeepSpeed and transformers imported already."""
+
+import multiprocessing
+import os
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Imported once, by the server that forks every case: it takes seconds, a fork takes none.
+PRELOAD = ["torch", "deepspeed", "transformers", "transformers.models.gpt2.modeling_gpt2", "torch.distributed.nn",
+           "torch.utils.cpp_extension", "pytest", "psutil", "real_model_example", "tests.strategies.cases",
+           "yardstick.report", "yardstick.probe", "yardstick.data"]
+# Ranks of tests compute on the CPU whatever the machine has, one thread each, so that sums are the same every time.
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "DS_LOG_LEVEL": "error", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+               "HF_HUB_OFFLINE": "1", "RANKS": "2", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="session")
+def server():
+    """The multiprocessing context of a server that forks processes with PRELOAD imported. It never joins a group."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    before = dict(os.environ)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "RUN_STAMP", "CUDA_VISIBLE_DEVICES"):
+        os.environ.pop(name, None)
+    os.environ.update(ENVIRONMENT)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context
+
+
+@pytest.fixture
+def launch(server, tmp_path):
+    """launch(maker, *arguments, ranks=2, ...) -> cases.Outcome: see cases.launch."""
+    from tests.strategies import cases
+
+    def call(maker, *arguments, **options):
+        return cases.launch(server, tmp_path, maker, *arguments, **options)
+    return call
+
+
+@pytest.fixture(scope="session")
+def async_io():
+    """DeepSpeed's asynchronous I/O, compiled once into the checkout's cache; skips where the system lacks its tools."""
+    _compiled("async_io")
+
+
+@pytest.fixture(scope="session")
+def compiled_adams():
+    _compiled("cpu_adam", "fused_adam")
+
+
+def _compiled(*ops):
+    from yardstick import op_cache
+    lacking = None if op_cache.ready(ops) else op_cache.missing_tools(ops)
+    if lacking:
+        pytest.skip(lacking)
+    op_cache.prepare(ops)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """{"small", "odd", "wide": folder}, for the setting model=."""
+    from tests.strategies import cases
+    return {name: cases.model_folder(tmp_path_factory.mktemp(name), **getattr(cases, name.upper()))
+            for name in ("small", "odd", "wide")}

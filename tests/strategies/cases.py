@@ -1,0 +1,109 @@
+"""Runs functions as ranks of a fresh process, and hands back what each rank returned and printed."""
+
+import itertools
+import os
+import pickle
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = {"dp": "1_data_parallel", "zero1": "2_zero_stage1", "zero2": "3_zero_stage2", "zero3": "4_zero_stage3",
+           "offload": "5_zero_offload", "infinity": "6_zero_infinity"}
+ORDER = tuple(FOLDERS)
+# GPT-2s that take milliseconds; the vocabulary is the embedded tokenizer's, or larger
+SMALL = {"n_layer": 2, "n_embd": 96, "n_head": 4, "vocab_size": 4096, "n_positions": 64}
+# nothing is divisible: shares are padded, and tensors straddle them
+ODD = {"n_layer": 2, "n_embd": 96, "n_head": 3, "vocab_size": 4099, "n_positions": 31}
+# of two ranks' shares some reach the MiB from which DeepSpeed moves weights to NVMe, others do not
+WIDE = {"n_layer": 1, "n_embd": 512, "n_head": 8, "vocab_size": 4096, "n_positions": 64}
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a launch ended."""
+
+    code: int              # what ranks.start returned; negative: the signal that ended the process which called it
+    ranks: list            # what each rank returned, None where it did not come to that
+    log: str               # standard output and error of all of them
+    seconds: float
+
+    def good(self):
+        """What the ranks returned, after asserting that the run ended well."""
+        assert self.code == 0, f"exit code {self.code}; the end of what it printed:\n{self.log[-4000:]}"
+        return self.ranks
+
+
+def launch(server, folder, maker, *arguments, ranks=2, seconds=300, environment=None, started=None):
+    """Call maker(*arguments) in a fresh process, then run the function that it returns as `ranks` ranks.
+
+    maker: a function that can be imported; what it does is done once, before the ranks are forked. started: called
+    here with the process, to disturb it.
+    """
+    folder = Path(folder) / f"launch{next(_numbers)}"
+    folder.mkdir()
+    begin = time.monotonic()
+    process = server.Process(target=_start, args=(maker, arguments, ranks, folder, environment or {}))
+    process.start()
+    try:
+        if started:
+            started(process)
+        process.join(seconds)
+        ended = process.exitcode is not None
+    finally:
+        process.kill()                     # its ranks die with it
+        process.join()
+    log = (folder / "log").read_text(errors="replace") if (folder / "log").exists() else ""
+    assert ended, f"no end within {seconds} s; the end of what it printed:\n{log[-4000:]}"
+    files = [folder / f"rank{rank}" for rank in range(ranks)]
+    return Outcome(process.exitcode, [pickle.loads(file.read_bytes()) if file.exists() else None for file in files],
+                   log, time.monotonic() - begin)
+
+
+def _start(maker, arguments, count, folder, environment):
+    log = os.open(folder / "log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(log, descriptor)
+    os.chdir(folder)
+    os.environ.update({"RANKS": str(count), **environment})
+    from yardstick import ranks
+    function = maker(*arguments)
+
+    def rank():
+        result = function()
+        part = folder / f"part{os.environ['RANK']}"
+        part.write_bytes(pickle.dumps(result))
+        part.rename(folder / f"rank{os.environ['RANK']}")
+    sys.exit(ranks.start(rank, count))
+
+
+def model_folder(folder, **sizes):
+    """Write the config of a GPT-2 of these sizes, without dropout, and return the folder as text, for model=."""
+    from transformers import GPT2Config
+    GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+               use_cache=False).save_pretrained(folder)
+    return str(folder)
+
+
+def settings(**changes):
+    """The training program's settings with `changes`, its output under the current folder."""
+    from real_model_example import CONFIG
+    from yardstick.settings import defaults
+    assert set(changes) <= set(CONFIG), f"no settings: {set(changes) - set(CONFIG)}"
+    return {**defaults(CONFIG), "eval_batches": 0, "sample_tokens": 0, "output": "run", **changes}
+
+
+def plan(**changes):
+    """The Plan of a run with `changes`. Products of matrices stay in plain fp32 on every rank, whatever is faster."""
+    import torch
+
+    from strategies import checks
+    from yardstick import ranks
+
+    def plain(rank):
+        torch.set_float32_matmul_precision("highest")
+        return "highest"
+    ranks.choose_matmul_precision = plain
+    return checks.check(settings(**changes))
