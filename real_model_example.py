@@ -158,5 +158,8 @@ if __name__ == "__main__":
         sys.exit(main())
     except SettingsError as error:
         sys.exit(f"real_model_example.py: {error}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"real_model_example.py: this Python ({sys.executable}) has no module {error.name}. Start by strategies/3_zero_stage2/run.sh, which "
+                 "makes what is missing, or run `source env.sh` first, or pip install -r requirements.txt.")
     except KeyboardInterrupt:
         sys.exit(130)

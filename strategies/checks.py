@@ -127,6 +127,7 @@ def quiet_libraries():
     import transformers
     deepspeed.utils.logger.setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def folder_of(settings):

@@ -19,14 +19,16 @@ def configuration(settings, gpu):
         return GPT2Config(n_layer=shape.layers, n_embd=shape.hidden, n_head=shape.heads, vocab_size=shape.vocab,
                           n_positions=shape.seq, bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0,
                           attn_pdrop=0.0, use_cache=False), shape
+    near = nearest(name, MODELS)
+    if near and near != name and "/" not in name and abs(len(near) - len(name)) < 2:
+        raise SettingsError(f"there is no model={name} here. Did you mean model={near}? Others: {', '.join(MODELS)}, a folder, or "
+                            "a hub name with its owner.")
     try:
         config = AutoConfig.from_pretrained(name)
     except Exception as error:
-        near = nearest(name, MODELS)
         raise SettingsError(f"model={name} is none of {', '.join(MODELS)}, and no folder or hub model that can be read "
                             f"here ({type(error).__name__}: {str(error).splitlines()[0][:160]}). "
-                            + (f"Did you mean model={near}?" if near and near != name else
-                               "Give the path of a folder with config.json, or a name of that list.")) from None
+                            "Give the path of a folder with config.json, or a name of that list.") from None
     config.use_cache = False
     return config, None
 

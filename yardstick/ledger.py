@@ -106,7 +106,7 @@ def held(engine):
     for kind, offloaded, name, tensors in _owners(engine):
         for tensor in tensors:
             for storage in _storages(tensor):
-                if storage.data_ptr() and storage.data_ptr() not in seen:
+                if storage.data_ptr() not in seen:
                     seen.add(storage.data_ptr())
                     device = tensor.device.type
                     place = "host" if (offload and offloaded) or (device == "cpu" and engine.device.type != "cpu") else "device"
@@ -123,15 +123,22 @@ def held(engine):
             continue
         for tensor in (thing, thing._base, thing.grad if thing.is_leaf else None):
             for storage in _storages(tensor):
-                if storage.data_ptr() and storage.data_ptr() not in seen:
+                if storage.data_ptr() not in seen:
                     seen.add(storage.data_ptr())
                     unnamed.append((tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), storage.nbytes()))
     return rows, unnamed
 
 
 def _storages(tensor):
-    if tensor is not None and tensor.device.type != "meta" and tensor.layout.__str__() == "torch.strided":
-        yield tensor.untyped_storage()
+    """The storage of a tensor that has memory: none for None, meta, sparse, and the fake tensors of torch.compile."""
+    if tensor is None or tensor.device.type == "meta" or str(tensor.layout) != "torch.strided":
+        return
+    try:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr():
+            yield storage
+    except RuntimeError:                                  # a FakeTensor names a device and has no data
+        return
 
 
 def _offloads(engine):

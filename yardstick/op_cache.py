@@ -14,14 +14,15 @@ import ctypes
 import fcntl
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from yardstick.ranks import ROOT, processor
+
 # what DeepSpeed calls the builder of each op; pin_memory comes first because async_io links against it
 BUILDERS = {"pin_memory": "PinMemoryBuilder", "async_io": "AsyncIOBuilder", "cpu_adam": "CPUAdamBuilder",
             "fused_adam": "FusedAdamBuilder"}
@@ -34,11 +35,8 @@ class OpError(RuntimeError):
 def folder():
     """The cache of this torch, DeepSpeed, Python and processor: a library of another one would not load."""
     from importlib.metadata import version
-    flags = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        flags = next((line for line in open("/proc/cpuinfo") if line.startswith(("flags", "Features"))), flags)
     torch_version, tag = version("torch"), sys.implementation.cache_tag
-    key = hashlib.sha256(f"{platform.machine()} {flags}".encode()).hexdigest()[:8]
+    key = hashlib.sha256(processor().encode()).hexdigest()[:8]
     return ROOT / "runs" / "cache" / "cpp_ops" / f"torch{torch_version}-ds{version('deepspeed')}-{tag}-{key}"
 
 
@@ -66,6 +64,9 @@ def missing_tools(ops):
     if not shutil.which(compiler):
         return (f"building {', '.join(_with_pins(ops))} needs a C++ compiler and `{compiler}` is not on PATH. "
                 "Install one (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++).")
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return (f"building {', '.join(_with_pins(ops))} needs Python.h, which is not in {sysconfig.get_path('include')}. Install the "
+                "headers of this Python (Debian, Ubuntu: apt-get install python3-dev; Fedora: dnf install python3-devel).")
     if "async_io" in ops:
         probe = "#include <libaio.h>\nint main() { return io_submit(0, 0, 0); }\n"
         extra = os.environ.get("CFLAGS", "").split() + ["-x", "c++", "-", "-o", os.devnull]

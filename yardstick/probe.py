@@ -30,7 +30,10 @@ class Probe:
         self.seconds = defaultdict(list)                 # {phase: [seconds of each counted step]}
         self.moments = {}                                # {"gradients" or "always": (rows, unnamed)}
         self.activations = None
-        self._looking = 0.0
+        self._looking, self._now, self._profile = 0.0, None, None
+        # on a GPU one further step runs under torch's profiler: only the kernels tell how long communication takes
+        self.profiled = self.first + 1 if counting and engine.device.type == "cuda" and steps > self.first + 1 else -1
+        self.kernel_seconds = None
 
     def __call__(self, phase):
         return self._phase(phase)
@@ -67,11 +70,19 @@ class Probe:
         if self.step == self.first and self.counting:
             self.meter.clear()
             self.meter.counting = True
+        if self.step == self.profiled:
+            from torch.profiler import ProfilerActivity, profile
+            self._profile = profile(activities=[ProfilerActivity.CUDA])
+            self._profile.__enter__()
 
     def end_step(self):
         """Close the step under way; called by the next one's "data" phase, and once after the last step."""
         if self.step < 0 or self._now is None:
             return
+        if self._profile is not None:
+            self._profile.__exit__(None, None, None)
+            self.kernel_seconds = communication_kernels(self._profile.key_averages())
+            self._profile = None
         if self.step >= self.first:
             total = time.perf_counter() - self._started - self._looking
             for phase in ("data", "forward", "backward", "step", "communication"):
@@ -95,9 +106,16 @@ class Probe:
         return self.step + 1 - self.first
 
     def median(self, phase):
-        """Median seconds of a phase over the counted steps, the one that was looked at left out if others remain."""
+        """Median seconds of a phase over the counted steps, those under observation left out if others remain."""
         values = self.seconds[phase]
-        return statistics.median(values[1:] if len(values) > 1 and self.counting else values)
+        dear = {self.looked, self.profiled}
+        usual = [value for step, value in enumerate(values, self.first) if step not in dear]
+        return statistics.median(usual or values)
+
+
+def communication_kernels(averages):
+    """Seconds of NCCL's kernels in a profile's key_averages(); they may overlap with computing ones."""
+    return sum(row.self_device_time_total for row in averages if row.key.startswith("nccl") and "Kernel" in row.key) / 1e6
 
 
 class SavedTensors:

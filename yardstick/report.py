@@ -17,7 +17,7 @@ def finish(plan, rank, engine, probe, meter, history, matmul, evaluation, sample
     import torch
     mine = {"moments": {moment: ([vars(row) for row in rows], unnamed) for moment, (rows, unnamed) in probe.moments.items()},
             "activations": probe.activations, "traffic": meter.per_step(max(1, probe.counted_steps()), rank.world),
-            "seconds": {phase: probe.median(phase) for phase in probe.seconds},
+            "kernels": probe.kernel_seconds, "seconds": {phase: probe.median(phase) for phase in probe.seconds},
             "peak_allocated": torch.cuda.max_memory_allocated() if rank.gpu else None}
     everyone = [None] * rank.world
     torch.distributed.all_gather_object(everyone, mine)
@@ -27,9 +27,10 @@ def finish(plan, rank, engine, probe, meter, history, matmul, evaluation, sample
     if rank.rank:
         return
     summary = summarise(plan, everyone, history, evaluation)
+    text = text_of(plan, summary, history, evaluation, sample)
     if not plan.brief:
-        print(text_of(plan, summary, history, evaluation, sample))
-    path = write_record(plan, summary, history, matmul, sample)
+        print(text)
+    path = write_record(plan, summary, history, matmul, sample, text)
     if plan.brief:
         print(f"loss {history[-1]:.6f} after {len(history)} steps, {1e3 * summary['measured']['step_seconds_median']:.0f} ms each",
               flush=True)
@@ -84,6 +85,8 @@ def summarise(plan, everyone, history, evaluation):
         measured[key] = seconds[phase]
     if not plan.gpu:
         measured["communication_seconds"] = seconds["communication"]
+    elif everyone[0]["kernels"] is not None:
+        measured["communication_seconds"] = max(one["kernels"] for one in everyone)
     measured["tokens_per_second"] = plan.global_batch * plan.seq / seconds["total"]
     measured["loss_nats"] = history[-1]
     if evaluation is not None:
@@ -238,13 +241,16 @@ def _time_lines(plan, measured):
     if not plan.gpu:
         lines.append("  communication is the time the host was blocked in it, and is not in the other parts; a CPU's times say nothing "
                      "about a GPU's")
+    elif "communication_seconds" in measured:
+        lines.append("  communication is the time of its kernels in one profiled step; they may run beside computation and are in the "
+                     "other parts too")
     if "model_flops_utilisation_fraction" in measured:
         lines.append(f"  model FLOPs utilisation {100 * measured['model_flops_utilisation_fraction']:.1f} % (attention in full, "
                      "recomputation not counted, of the dense peak of the precision)")
     return lines
 
 
-def write_record(plan, summary, history, matmul, sample):
+def write_record(plan, summary, history, matmul, sample, text):
     """Write the run's JSON and return its path: results/LABEL/strategies/N.json with record=LABEL, else the run's folder."""
     memory, settings = summary["memory"], dict(plan.settings)
     settings.update(precision=plan.precision, global_batch=plan.global_batch, micro_batch=plan.micro_batch,
@@ -265,7 +271,8 @@ def write_record(plan, summary, history, matmul, sample):
         (config["zero_optimization"].get(key) or {}).pop("nvme_path", None)
     details = {"memory": memory, "traffic": traffic, "collectives": summary["traffic"], "loss": history, "sample": sample,
                "differences": [{"name": name, "bytes": nbytes} for name, nbytes in summary["differences"]],
-               "config": config, "matmul_precision": matmul, "notes": plan.notes, "parameters": plan.tensors.count}
+               "config": config, "matmul_precision": matmul, "notes": plan.notes, "parameters": plan.tensors.count,
+               "report": text.splitlines()}
     machine = {"accelerator": ranks.gpu_name() if plan.gpu else "none", "ranks": plan.world}
     return results.write(plan.run, settings=settings, measured=summary["measured"], predicted=summary["predicted"],
                          estimated=summary["estimated"], details=details, machine=machine, command=plan.command,
