@@ -69,3 +69,22 @@ def models(tmp_path_factory):
     from tests.strategies import cases
     return {name: cases.model_folder(tmp_path_factory.mktemp(name), **getattr(cases, name.upper()))
             for name in ("small", "odd", "wide")}
+
+
+@pytest.fixture(scope="session")
+def counted(server, models, tmp_path_factory):
+    """counted(strategy, ranks=2, ...) -> [cases.Count of each rank]; runs are kept, so tests of them share one."""
+    import json
+
+    from tests.strategies import cases
+    known = {}
+
+    def of(strategy, ranks=2, dispatch=False, **changes):
+        changes = {"strategy": strategy, "model": "wide" if strategy == "infinity" else "small", **changes}
+        key = json.dumps([ranks, dispatch, changes], sort_keys=True)
+        if key not in known:
+            changes["model"] = models.get(changes["model"], changes["model"])
+            known[key] = cases.launch(server, tmp_path_factory.mktemp("counted"), cases.counting, changes, dispatch,
+                                      ranks=ranks).good()
+        return known[key]
+    return of

@@ -107,3 +107,67 @@ def plan(**changes):
         return "highest"
     ranks.choose_matmul_precision = plain
     return checks.check(settings(**changes))
+
+
+@dataclass(frozen=True)
+class Count:
+    """What one rank's run held and sent, by the program's own counters, and what its prediction needs."""
+
+    tensors: object        # deepspeed_formulas.Tensors
+    config: dict           # as DeepSpeed had it
+    ranks: int
+    rank: int
+    accumulation: int
+    batch: tuple           # (micro_batch, seq)
+    moments: dict          # {"gradients" or "always": (ledger rows, storages without a name)}
+    activations: int       # bytes that autograd saved, at their peak
+    traffic: list          # of Meter.per_step
+    dispatched: dict       # {(kind, phase): payload bytes of a step} as seen by a TorchDispatchMode, where asked for
+
+
+def counting(changes, dispatch=False):
+    """Ranks of the program, counted: a Count each. dispatch: count collectives a second time, below the first."""
+    made = plan(**{"steps": 3, "seq": 16, "micro_batch": 1, "count": True, **changes})
+
+    def rank():
+        from contextlib import nullcontext
+
+        from real_model_example import train
+        from yardstick import probe
+        seen = {}
+
+        class Kept(probe.Probe):
+            def __init__(self, engine, meter, **options):
+                super().__init__(engine, meter, **options)
+                seen.update(probe=self, meter=meter)
+        probe.Probe = Kept                               # the program keeps its probe to itself
+        watch = _dispatch_counter(seen) if dispatch else nullcontext()
+        with watch:
+            train(made, finish=False)
+        steps = seen["probe"].counted_steps()
+        return Count(made.tensors, made.config, made.world, int(os.environ["RANK"]), made.accumulation,
+                     (made.micro_batch, made.seq), seen["probe"].moments, seen["probe"].activations,
+                     seen["meter"].per_step(steps, made.world),
+                     {key: size / steps for key, size in watch.sums.items()} if dispatch else {})
+    return rank
+
+
+def _dispatch_counter(seen):
+    """A mode below torch.distributed: whoever calls a collective, and however, torch dispatches it as an operator."""
+    from collections import Counter
+
+    from torch.utils._python_dispatch import TorchDispatchMode
+    tensor_of = {"allreduce_": ("all_reduce", 0), "_allgather_base_": ("all_gather", 0),      # the full tensor, as the
+                 "_reduce_scatter_base_": ("reduce_scatter", 1), "broadcast_": ("broadcast", 0)}  # Meter counts it
+
+    class Dispatched(TorchDispatchMode):
+        sums = Counter()
+
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if operator.namespace == "c10d" and "meter" in seen and seen["meter"].counting and not seen["meter"].what:
+                kind, where = tensor_of.get(operator._opname, (operator._opname, None))
+                tensors = [] if where is None else args[where]
+                tensors = tensors if isinstance(tensors, (list, tuple)) else [tensors]
+                self.sums[kind, seen["meter"].phase] += sum(t.numel() * t.element_size() for t in tensors)
+            return operator(*args, **(kwargs or {}))
+    return Dispatched()
