@@ -41,8 +41,8 @@ class Plan:
 
 
 def say(text):
-    """A line for the user, from the one process that starts the ranks, or from rank 0."""
-    if not ranks.is_rank() or os.environ.get("RANK") == "0":
+    """A line for the user, from the process that starts the ranks, or from rank 0 where a launcher started them."""
+    if not ranks.is_rank() or (os.environ["RANK"] == "0" and "STARTED_BY" not in os.environ):
         print(text, file=sys.stderr, flush=True)
 
 
@@ -54,6 +54,9 @@ def check(settings):
     for key, least in (("steps", 1), ("warmup_steps", 0), ("eval_batches", 0), ("sample_tokens", 0)):
         if settings[key] < least:
             raise SettingsError(f"{key}={settings[key]} must be at least {least}.")
+    if settings["compile"] and not shutil.which(os.environ.get("CXX") or "c++") and not ranks.gpu_count():
+        raise SettingsError("compile=True needs a C++ compiler on a CPU, and none is on PATH. Install one (Debian, Ubuntu: "
+                            "apt-get install g++), or leave compile= out.")
     config = effective.read(settings["strategy"], settings["config"])
     try:
         world = int(os.environ["WORLD_SIZE"]) if ranks.is_rank() else ranks.default_world()

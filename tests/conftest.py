@@ -80,7 +80,7 @@ def counted(server, models, tmp_path_factory):
     known = {}
 
     def of(strategy, ranks=2, dispatch=False, **changes):
-        changes = {"strategy": strategy, "model": "wide" if strategy == "infinity" else "small", **changes}
+        changes = {"strategy": strategy, "model": "wide" if strategy == "infinity" else "odd", **changes}
         key = json.dumps([ranks, dispatch, changes], sort_keys=True)
         if key not in known:
             changes["model"] = models.get(changes["model"], changes["model"])

@@ -277,8 +277,8 @@ def buckets(numels, size):
     return sent + ([filled] if filled else [])
 
 
-def traffic(tensors, config, *, ranks, accumulation=1):
-    """[Collective] of one optimizer step, on each of `ranks` data-parallel ranks.
+def traffic(tensors, config, *, ranks, accumulation=1, first=False):
+    """[Collective] of one optimizer step, on each of `ranks` data-parallel ranks; first=True: of a run's very first step.
 
     Payload bytes are exact. Numbers of calls assume that gradients arrive in the reverse order of the tensors.
     Between "keeps all" and "keeps nothing" (stage 3 with limits inside the model's size) the gathers of backward
@@ -307,7 +307,7 @@ def traffic(tensors, config, *, ranks, accumulation=1):
         if s == 2:
             rows.append(Collective("all_reduce", "step", 1, 1, "overflow flag"))
     else:
-        rows += _traffic3(tensors, zero, s, ranks, accumulation, offload, size)
+        rows += _traffic3(tensors, zero, s, ranks, accumulation, offload, size, first)
     return rows
 
 
@@ -324,22 +324,28 @@ def stage3_keeps(tensors, zero):
     return "all" if reuse >= 2 * (tensors.count + sum(tensors.reused)) and live >= tensors.count else "some"
 
 
-def _traffic3(tensors, zero, s, ranks, accumulation, offload, size):
+def _traffic3(tensors, zero, s, ranks, accumulation, offload, size, first):
     threshold = zero.get("stage3_param_persistence_threshold", 100_000)
     padded = [_ceil(n, ranks) * ranks for n in tensors.numels]
     persistent = [p for n, p in zip(tensors.numels, padded) if n <= threshold]
     gathered = sum(padded) - sum(persistent)
     again = sum(_ceil(n, ranks) * ranks for n in tensors.reused if n > threshold)
     keeps = stage3_keeps(tensors, zero)
-    rows = []
+    # the first micro-step records the order of modules: persistent tensors are not whole yet, nothing is kept
+    recorded, steady = (1, accumulation - 1) if first else (0, accumulation)
+    recording = recorded * s * (sum(padded) + again)
     if keeps == "all":
-        rows.append(Collective("all_gather", "forward", None, accumulation * s * gathered,
-                               "weights, kept from forward to backward"))
+        why = {"forward": "weights, kept from forward to backward", "backward": ""}
+        sent = {"forward": recording + steady * s * gathered, "backward": recording}
     else:
         bound = "" if keeps == "none" else " (at most: some stay within the live and reuse limits)"
-        for phase in ("forward", "backward"):
-            rows.append(Collective("all_gather", phase, None, accumulation * s * (gathered + again),
-                                   "weights, freed after each use" + bound))
+        why = dict.fromkeys(("forward", "backward"), "weights, freed after each use" + bound)
+        sent = dict.fromkeys(why, recording + steady * s * (gathered + again))
+    if recorded and steady:                                  # the second micro-step gathers the persistent ones to stay
+        sent["forward"] += s * sum(persistent)
+    note = "; all of them in the first micro-step, which records the order of modules" if first else ""
+    rows = [Collective("all_gather", phase, None, sent[phase], (why[phase] + note).removeprefix("; "))
+            for phase in sent if sent[phase]]
     reduced = sum(padded)
     rows.append(Collective("reduce_scatter", "backward", accumulation * len(buckets(tensors.numels[::-1], size)),
                            accumulation * s * reduced, "gradients, at each micro-step"))

@@ -47,7 +47,11 @@ def _library(op):
 
 def ready(ops):
     """True when every op has its finished library; the build writes `done` after a load that worked."""
-    return all((folder() / op / "done").exists() and _library(op) for op in _with_pins(ops))
+    return all(_complete(op) for op in _with_pins(ops))
+
+
+def _complete(op):
+    return (folder() / op / "done").exists() and _library(op) is not None
 
 
 def _with_pins(ops):
@@ -97,8 +101,8 @@ def prepare(ops, say=print):
             fcntl.flock(holder, fcntl.LOCK_EX)          # released by the system when that process ends
         clear_stale_locks(say)
         for op in _with_pins(ops):
-            if not ready([op]) or not (folder() / op / "done").exists():
-                _build(op, say)
+            if not _complete(op):
+                _build(op, say, holder)
 
 
 def clear_stale_locks(say=print):
@@ -116,7 +120,7 @@ def _shown(path):
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
-def _build(op, say):
+def _build(op, say, holder):
     shutil.rmtree(folder() / op, ignore_errors=True)    # objects of a killed build can be cut short
     log = folder() / f"{op}.log"
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(folder()), "MAX_JOBS": str(os.cpu_count() or 1)}
@@ -124,7 +128,8 @@ def _build(op, say):
     started = time.monotonic()
     with open(log, "w") as out:
         child = subprocess.Popen([sys.executable, "-m", "yardstick.op_cache", "--compile", op], cwd=ROOT, stdout=out,
-                                 stderr=subprocess.STDOUT, env=environment)
+                                 stderr=subprocess.STDOUT, env=environment,
+                                 pass_fds=[holder.fileno()])    # a build that outlives us keeps the lock
         shown = sys.stderr.isatty()
         while child.poll() is None:
             time.sleep(0.5)
@@ -139,7 +144,6 @@ def _build(op, say):
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-12:])
         raise OpError(f"building DeepSpeed's {op} failed (exit code {child.returncode}); the whole log is {log}. "
                       f"Its end:\n{tail}")
-    (folder() / op / "done").write_text(f"{time.monotonic() - started:.1f} seconds\n")
     say(f"  {op}: built in {time.monotonic() - started:.0f} s")
 
 
@@ -149,6 +153,7 @@ def _compile(op):
     if op == "async_io":
         load(["pin_memory"])
     get_accelerator().create_op_builder(BUILDERS[op]).load(verbose=True)
+    (folder() / op / "done").write_text("built and loaded\n")
 
 
 def load(ops):

@@ -123,7 +123,7 @@ def join(gpu, seconds=600):
 
 def _environment(rank, world, port):
     return {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "STARTED_BY": "yardstick.ranks"}
 
 
 def _die_with_parent(parent):
@@ -161,7 +161,9 @@ def _fork(function, rank, world, port):
 
 
 def _spawn(rank, world, port):
-    return subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, **_environment(rank, world, port)}).pid
+    parent = os.getpid()
+    return subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, **_environment(rank, world, port)},
+                            preexec_fn=lambda: _die_with_parent(parent)).pid
 
 
 def start(function, world, gpu=False, say=lambda text: print(text, file=sys.stderr)):

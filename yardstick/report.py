@@ -9,7 +9,8 @@ from yardstick.shapes import FP32, MIXED
 
 KIND_NAMES = {"parameter": "weights", "gradient": "gradients", "master": "fp32 master", "optimizer": "Adam's moments",
               "buffer": "buffers"}
-CONTROL_BYTES = 64             # collectives up to this are norms and flags; the table sums them up in one line
+CONTROL_BYTES = 64             # tensors up to this are scalars: norms, flags, counters
+OWN = {"loss": "this program's own: the mean loss", "start-up": "the order of modules, compared between ranks in the first steps"}
 
 
 def finish(plan, rank, engine, probe, meter, history, matmul, evaluation, sample):
@@ -26,7 +27,7 @@ def finish(plan, rank, engine, probe, meter, history, matmul, evaluation, sample
         shutil.rmtree(ledger.swap_folder(engine), ignore_errors=True)      # of no use to a later run
     if rank.rank:
         return
-    summary = summarise(plan, everyone, history, evaluation)
+    summary = summarise(plan, everyone, history, evaluation, first=probe.first == 0)
     text = text_of(plan, summary, history, evaluation, sample)
     if not plan.brief:
         print(text)
@@ -44,7 +45,7 @@ def finish(plan, rank, engine, probe, meter, history, matmul, evaluation, sample
     print(f"\nrecord: {shown[0]}\nfigure: {shown[1]}", flush=True)
 
 
-def summarise(plan, everyone, history, evaluation):
+def summarise(plan, everyone, history, evaluation, first=False):
     """What the report says, as numbers: {"memory", "differences", "traffic", "measured", "predicted", "estimated"}."""
     memory, measured, predicted, estimated = {}, {}, {}, {}
     stage = plan.config["zero_optimization"].get("stage", 0)
@@ -72,8 +73,12 @@ def summarise(plan, everyone, history, evaluation):
         measured["unnamed_bytes"] = unnamed
 
     rows = everyone[0]["traffic"]
+    for row in rows:                      # a set-up of stage 3 whose size depends on names of modules: told apart, not predicted
+        if stage == 3 and row["kind"] == "broadcast":
+            row["what"] = "start-up"
     own = [row for row in rows if not row["what"]]
-    expected = deepspeed_formulas.traffic(plan.tensors, plan.config, ranks=plan.world, accumulation=plan.accumulation)
+    expected = deepspeed_formulas.traffic(plan.tensors, plan.config, ranks=plan.world, accumulation=plan.accumulation,
+                                          first=first)
     if memory:
         measured["payload_bytes"] = sum(row["payload_bytes"] for row in own)
         measured["ring_bytes"] = sum(row["ring_bytes"] for row in own)
@@ -107,7 +112,7 @@ def summarise(plan, everyone, history, evaluation):
     return {"memory": memory, "items": items[0], "paper": paper, "traffic": rows, "expected": expected, "stage": stage,
             "measured": {k: v for k, v in measured.items() if v or k in ("unnamed_bytes",)}, "predicted": {
                 k: v for k, v in predicted.items() if v}, "estimated": estimated,
-            "differences": deepspeed_formulas.differences(items[0], paper)}
+            "loss": history, "differences": deepspeed_formulas.differences(items[0], paper)}
 
 
 def _largest(sums):
@@ -167,6 +172,8 @@ def _memory_lines(plan, summary):
     off = max(abs(total[0] / total[1] - 1), abs(total[3] / total[4] - 1))
     lines.append(f"  counted and predicted differ by {100 * off:.3f} %; live tensors without a name, but the batch and scalars: "
                  f"{summary['measured']['unnamed_bytes']} bytes")
+    if len(summary["loss"]) == 1:
+        lines.append("  this run had one step: Adam's moments are made by its update, after the backward that was looked at")
     if summary["differences"]:
         lines.append("  what this release holds beyond (+) or less than (-) the ZeRO paper's formula, on rank 0 after backward:")
         lines += [f"    {'+' if nbytes > 0 else '-'}{_short(abs(nbytes)):>10}  {name}" for name, nbytes in summary["differences"]]
@@ -190,8 +197,7 @@ def _traffic_lines(plan, summary):
         expected[row.kind, row.phase][0] += row.payload_bytes
         expected[row.kind, row.phase][1].append(row.why)
     for row in summary["traffic"]:
-        size, why = (0, [f"this program's own: {row['what']}"]) if row["what"] else expected.pop(
-            (row["kind"], row["phase"]), (0, ["not predicted: " + _start_up(summary)]))
+        size, why = (0, [OWN[row["what"]]]) if row["what"] else expected.pop((row["kind"], row["phase"]), (0, ["not predicted"]))
         size = row["payload_bytes"] if row["what"] else size
         lines.append(f"  {row['kind']:16}{row['phase']:10}{row['calls']:>7.4g}{_short(row['payload_bytes']):>10}{_short(size):>11}"
                      f"{_short(row['ring_bytes']):>9}  {'; '.join(why)}")
@@ -209,10 +215,6 @@ def _traffic_lines(plan, summary):
 
 def _short(nbytes):
     return f"{nbytes:.0f} B" if nbytes < 10_000 else f"{nbytes / 1e6:,.2f}"
-
-
-def _start_up(summary):
-    return ("stage 3 compares the order of modules between ranks in its first steps" if summary["stage"] == 3 else "not known")
 
 
 def _why_not_the_paper(plan, summary):

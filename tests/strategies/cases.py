@@ -14,8 +14,8 @@ FOLDERS = {"dp": "1_data_parallel", "zero1": "2_zero_stage1", "zero2": "3_zero_s
 ORDER = tuple(FOLDERS)
 # GPT-2s that take milliseconds; the vocabulary is the embedded tokenizer's, or larger
 SMALL = {"n_layer": 2, "n_embd": 96, "n_head": 4, "vocab_size": 4096, "n_positions": 64}
-# nothing is divisible: shares are padded, and tensors straddle them
-ODD = {"n_layer": 2, "n_embd": 96, "n_head": 3, "vocab_size": 4099, "n_positions": 31}
+# neither the tensors nor their sum divide by 2, 3 or 4 ranks: shares are padded, and tensors straddle them
+ODD = {"n_layer": 2, "n_embd": 35, "n_head": 5, "vocab_size": 4099, "n_positions": 32}
 # of two ranks' shares some reach the MiB from which DeepSpeed moves weights to NVMe, others do not
 WIDE = {"n_layer": 1, "n_embd": 512, "n_head": 8, "vocab_size": 4096, "n_positions": 64}
 _numbers = itertools.count()

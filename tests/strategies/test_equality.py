@@ -9,7 +9,7 @@ from tests.strategies import cases
 
 FIVE = cases.ORDER[:5]                                   # infinity computes in bf16 only: compared with ZeRO-3 below
 # the same 8 sequences a step however many ranks and micro-steps share them; buckets smaller than the model
-BASE = {"steps": 20, "global_batch": 8, "seq": 64, "warmup_steps": 5, "seed": 3, "gradient_clipping": 1.0,
+BASE = {"steps": 20, "global_batch": 8, "seq": 64, "learning_rate": 3e-3, "warmup_steps": 5, "seed": 3, "gradient_clipping": 1.0,
         "reduce_bucket_size": 100_000, "count": False, "precision": "fp32"}
 AFTER = 3                                                # updates after which parameters are compared
 
@@ -36,7 +36,10 @@ def training(changes, environment=None):
 
 
 def plain_training(changes, ddp=False):
-    """The loop written out: in one process, or on each rank of torch's own DistributedDataParallel."""
+    """The loop written out: in one process, or on each rank of torch's own DistributedDataParallel.
+
+    One process takes the micro-batches of all ranks one after another, so that the losses are rounded alike.
+    """
     plan = cases.plan(**changes)
 
     def rank():
@@ -45,13 +48,13 @@ def plain_training(changes, ddp=False):
 
         from real_model_example import learning_rate_factor
         from yardstick import data
-        number, world, times = 0, 1, 1
+        number, world, times = 0, 1, plan.accumulation
         torch.set_float32_matmul_precision("highest")
         torch.manual_seed(plan.settings["seed"])
         model = AutoModelForCausalLM.from_config(plan.model_config)
         if ddp:
             torch.distributed.init_process_group("gloo")
-            number, world, times = torch.distributed.get_rank(), torch.distributed.get_world_size(), plan.accumulation
+            number, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
             model = torch.nn.parallel.DistributedDataParallel(model)
         given = {**plan.config["optimizer"]["params"]}
         given.pop("torch_adam", None)
@@ -68,9 +71,9 @@ def plain_training(changes, ddp=False):
                 if ddp:
                     model.require_backward_grad_sync = k == times - 1         # what no_sync() sets
                 tokens_BT = torch.from_numpy(rows)
-                loss = model(input_ids=tokens_BT, labels=tokens_BT).loss / times
-                loss.backward()
-                mean += loss.detach()
+                loss = model(input_ids=tokens_BT, labels=tokens_BT).loss
+                (loss / times).backward()
+                mean += loss.item() / times              # in double precision
             gradients = gradients or [p.grad.numpy().copy() for p in model.parameters()]
             if plan.config["gradient_clipping"]:
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), plan.config["gradient_clipping"])
@@ -78,8 +81,10 @@ def plain_training(changes, ddp=False):
             optimizer.step()
             schedule.step()
             if ddp:
-                torch.distributed.all_reduce(mean)
-            losses.append(mean.item() / world)
+                means = [None] * world
+                torch.distributed.all_gather_object(means, mean)
+                mean = sum(means) / world
+            losses.append(mean)
         return losses, gradients, parameters
     return rank
 
@@ -92,11 +97,11 @@ def apart(ours, theirs):
 
 @pytest.fixture(scope="module")
 def reference(server, models, tmp_path_factory):
-    """reference(changes) -> (losses, gradients, parameters) of one process, computed once for each `changes`."""
+    """reference(parts=micro-batches of a step, ...) -> (losses, gradients, parameters) of one process; each is kept."""
     known = {}
 
-    def of(**changes):
-        changes = {**BASE, "model": models["small"], **changes}
+    def of(parts=4, **changes):
+        changes = {**BASE, "model": models["small"], "strategy": "dp", "accumulation": parts, **changes}
         key = json.dumps(changes, sort_keys=True)
         if key not in known:
             known[key] = cases.launch(server, tmp_path_factory.mktemp("reference"), plain_training, changes, ranks=1).good()[0]
@@ -126,7 +131,7 @@ def test_other_numbers_of_ranks_and_micro_steps(launch, models, reference, strat
     changes = {"global_batch": 9} if ranks == 3 else {}
     ours = launch(training, {**BASE, "model": models["small"], "strategy": strategy, "accumulation": accumulation,
                              **changes}, ranks=ranks).good()
-    check(ours, reference(**changes), loss=2e-6)
+    check(ours, reference(ranks * accumulation, **changes), loss=2e-6)
 
 
 @pytest.mark.slow
