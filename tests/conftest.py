@@ -1,20 +1,22 @@
 """Fixtures of all tests: fresh processes that have torch, DeepSpeed and transformers imported already."""
 
+import json
 import multiprocessing
 import os
 from multiprocessing import forkserver
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.strategies import cases
+from yardstick import op_cache
+
 # Imported once, by the server that forks every case: it takes seconds, a fork takes none.
 PRELOAD = ["torch", "deepspeed", "transformers", "transformers.models.gpt2.modeling_gpt2", "torch.distributed.nn",
            "torch.utils.cpp_extension", "pytest", "psutil", "real_model_example", "tests.strategies.cases",
            "yardstick.report", "yardstick.probe", "yardstick.data"]
 # Ranks of tests compute on the CPU whatever the machine has, one thread each, so that sums are the same every time.
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "DS_LOG_LEVEL": "error", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-               "HF_HUB_OFFLINE": "1", "RANKS": "2", "PYTHONPATH": str(ROOT)}
+               "HF_HUB_OFFLINE": "1", "RANKS": "2", "PYTHONPATH": str(cases.ROOT)}
 
 
 @pytest.fixture(scope="session")
@@ -37,8 +39,6 @@ def server():
 @pytest.fixture
 def launch(server, tmp_path):
     """launch(maker, *arguments, ranks=2, ...) -> cases.Outcome: see cases.launch."""
-    from tests.strategies import cases
-
     def call(maker, *arguments, **options):
         return cases.launch(server, tmp_path, maker, *arguments, **options)
     return call
@@ -56,7 +56,6 @@ def compiled_adams():
 
 
 def _compiled(*ops):
-    from yardstick import op_cache
     lacking = None if op_cache.ready(ops) else op_cache.missing_tools(ops)
     if lacking:
         pytest.skip(lacking)
@@ -66,25 +65,34 @@ def _compiled(*ops):
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """{"small", "odd", "wide": folder}, for the setting model=."""
-    from tests.strategies import cases
     return {name: cases.model_folder(tmp_path_factory.mktemp(name), **getattr(cases, name.upper()))
             for name in ("small", "odd", "wide")}
 
 
 @pytest.fixture(scope="session")
-def counted(server, models, tmp_path_factory):
-    """counted(strategy, ranks=2, ...) -> [cases.Count of each rank]; runs are kept, so tests of them share one."""
-    import json
-
-    from tests.strategies import cases
+def counts(server, models, tmp_path_factory):
     known = {}
 
-    def of(strategy, ranks=2, dispatch=False, **changes):
-        changes = {"strategy": strategy, "model": "wide" if strategy == "infinity" else "odd", **changes}
+    def of(ranks, dispatch, changes):
         key = json.dumps([ranks, dispatch, changes], sort_keys=True)
         if key not in known:
-            changes["model"] = models.get(changes["model"], changes["model"])
+            changes = {**changes, "model": models.get(changes["model"], changes["model"])}
             known[key] = cases.launch(server, tmp_path_factory.mktemp("counted"), cases.counting, changes, dispatch,
                                       ranks=ranks).good()
         return known[key]
+    return of
+
+
+@pytest.fixture
+def counted(request, counts):
+    """counted(strategy, ranks=2, ...) -> [cases.Count of each rank]; runs are kept, so tests of them share one.
+
+    The odd model with a small bucket, unless asked for another; infinity takes a model with something to swap, and the
+    bucket of its config.
+    """
+    def of(strategy, ranks=2, dispatch=False, **changes):
+        if strategy == "infinity":
+            request.getfixturevalue("async_io")
+        usual = {"model": "wide"} if strategy == "infinity" else {"model": "odd", "reduce_bucket_size": cases.BUCKET}
+        return counts(ranks, dispatch, {"strategy": strategy, **({} if "model" in changes else usual), **changes})
     return of

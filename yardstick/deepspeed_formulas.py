@@ -204,8 +204,13 @@ def _stage3(tensors, config, zero, s, ranks, offload, offload_param, torch_adam)
     if offload == "nvme":
         parts = [shares[i] for group, disk in zip(groups, on_disk) if disk for i in group]
         large = [n for n in parts if 4 * n >= least]
+        # optimizer_utils.py: _adjust_for_misaligned_lengths writes the aligned part; the rest is a view that keeps all of it
+        aligned = [4 * n // align * align for n in large]
+        ragged = sum(4 * n for n in large if 4 * n % align)
         count = zero["offload_optimizer"].get("buffer_count", 4)
-        items += [Item("gradient", "nvme", "fp32 gradients in files", sum(4 * n for n in large)),
+        items += [Item("gradient", "nvme", "fp32 gradients in files", sum(n for n in aligned if n >= least)),
+                  Item("gradient", "host", "fp32 gradients kept whole by a last part that fills no aligned write", ragged,
+                       "gradients"),
                   Item("gradient", "host", "fp32 gradients too small for a file", 4 * (sum(parts) - sum(large)), "gradients"),
                   Item("buffer", "host", "swap buffers of the optimizer", count * _up(4 * max(sizes), align))]
     return [item for item in items if item.nbytes]

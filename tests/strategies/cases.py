@@ -18,6 +18,11 @@ SMALL = {"n_layer": 2, "n_embd": 96, "n_head": 4, "vocab_size": 4096, "n_positio
 ODD = {"n_layer": 2, "n_embd": 35, "n_head": 5, "vocab_size": 4099, "n_positions": 32}
 # of two ranks' shares some reach the MiB from which DeepSpeed moves weights to NVMe, others do not
 WIDE = {"n_layer": 1, "n_embd": 512, "n_head": 8, "vocab_size": 4096, "n_positions": 64}
+BUCKET = 50_000        # elements; the odd model's embedding is larger
+# Each strategy in both precisions and with both accumulations; infinity computes in bf16 only.
+CASES = [(strategy, precision, accumulation) for strategy in ORDER[:5]
+         for precision, accumulation in (("fp32", 2), ("bf16", 1))] + [("infinity", "bf16", 2)]
+OTHERS = [(strategy, precision, 3 - accumulation) for strategy, precision, accumulation in CASES]
 _numbers = itertools.count()
 
 

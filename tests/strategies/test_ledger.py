@@ -7,23 +7,7 @@ from yardstick import deepspeed_formulas, formulas, ledger
 from yardstick.shapes import FP32, MIXED, ModelShape
 
 SLACK = 64             # bytes: DeepSpeed's scalars, which no formula names
-BUCKET = 50_000        # elements; the odd model's embedding is larger
 slow = pytest.mark.slow
-
-# Each strategy in both precisions and with both accumulations (infinity computes in bf16 only).
-CASES = [(strategy, precision, accumulation) for strategy in cases.ORDER[:5]
-         for precision, accumulation in (("fp32", 2), ("bf16", 1))] + [("infinity", "bf16", 2)]
-OTHERS = [(strategy, precision, 3 - accumulation) for strategy, precision, accumulation in CASES]
-
-
-@pytest.fixture
-def run(request, counted):
-    """run(strategy, ...) -> [cases.Count of each rank]."""
-    def of(strategy, **options):
-        if strategy == "infinity":
-            request.getfixturevalue("async_io")
-        return counted(strategy, **options)
-    return of
 
 
 def items_of(count):
@@ -46,22 +30,21 @@ def check(counts):
                 assert batch or nbytes <= SLACK, f"{nbytes} bytes of {dtype} {shape} have no name"
 
 
-@pytest.mark.parametrize("strategy,precision,accumulation", CASES + [pytest.param(*case, marks=slow) for case in OTHERS])
-def test_two_ranks(run, strategy, precision, accumulation):
-    small = {} if strategy == "infinity" else {"reduce_bucket_size": BUCKET}     # infinity: as its config has it
-    check(run(strategy, precision=precision, accumulation=accumulation, **small))
+@pytest.mark.parametrize("strategy,precision,accumulation", cases.CASES + [pytest.param(*case, marks=slow) for case in cases.OTHERS])
+def test_two_ranks(counted, strategy, precision, accumulation):
+    check(counted(strategy, precision=precision, accumulation=accumulation))
 
 
 @slow
-@pytest.mark.parametrize("strategy,precision,accumulation", CASES)
-def test_four_ranks_of_the_default_model(run, strategy, precision, accumulation):
-    check(run(strategy, ranks=4, model="tiny", precision=precision, accumulation=accumulation))
+@pytest.mark.parametrize("strategy,precision,accumulation", cases.CASES)
+def test_four_ranks_of_the_default_model(counted, strategy, precision, accumulation):
+    check(counted(strategy, ranks=4, model="tiny", precision=precision, accumulation=accumulation))
 
 
 @slow
-@pytest.mark.parametrize("strategy,precision,accumulation", OTHERS)
-def test_three_ranks_of_an_odd_model(run, strategy, precision, accumulation):
-    counts = run(strategy, ranks=3, model="odd", precision=precision, accumulation=accumulation, reduce_bucket_size=BUCKET)
+@pytest.mark.parametrize("strategy,precision,accumulation", cases.OTHERS)
+def test_three_ranks_of_an_odd_model(counted, strategy, precision, accumulation):
+    counts = counted(strategy, ranks=3, model="odd", precision=precision, accumulation=accumulation)
     check(counts)
     if strategy == "infinity":             # all its tensors lie under DeepSpeed's least size of a file
         assert not [item for item in items_of(counts[0]) if item.place == "nvme"]
@@ -69,8 +52,8 @@ def test_three_ranks_of_an_odd_model(run, strategy, precision, accumulation):
 
 @slow
 @pytest.mark.parametrize("threshold", [0, 100_000])
-def test_persistence_threshold(run, threshold):
-    check(run("zero3", persistence_threshold=threshold, precision="fp32", accumulation=1))
+def test_persistence_threshold(counted, threshold):
+    check(counted("zero3", persistence_threshold=threshold, precision="fp32", accumulation=1))
 
 
 NAMED = {              # what the issue of each strategy is; the paper has none of it
@@ -83,10 +66,9 @@ NAMED = {              # what the issue of each strategy is; the paper has none 
                  "buffer that writes updated weights (host)", "fp32 gradients in files (NVMe files)"}}
 
 
-@pytest.mark.parametrize("strategy,precision,accumulation", CASES)
-def test_the_difference_to_the_paper_is_named_to_the_byte(run, strategy, precision, accumulation):
-    small = {} if strategy == "infinity" else {"reduce_bucket_size": BUCKET}
-    counts = run(strategy, precision=precision, accumulation=accumulation, **small)
+@pytest.mark.parametrize("strategy,precision,accumulation", cases.CASES)
+def test_the_difference_to_the_paper_is_named_to_the_byte(counted, strategy, precision, accumulation):
+    counts = counted(strategy, precision=precision, accumulation=accumulation)
     stage = counts[0].config["zero_optimization"].get("stage", 0)
     paper = formulas.zero_state_bytes_by_kind(params=counts[0].tensors.count, ranks=2, stage=stage,
                                               recipe=FP32 if precision == "fp32" else MIXED)
@@ -105,11 +87,11 @@ def test_the_difference_to_the_paper_is_named_to_the_byte(run, strategy, precisi
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_activations_at_their_peak(run, precision):
+def test_activations_at_their_peak(counted, precision):
     sizes = cases.ODD
     shape = ModelShape(layers=sizes["n_layer"], hidden=sizes["n_embd"], heads=sizes["n_head"], vocab=sizes["vocab_size"],
                        seq=sizes["n_positions"])
-    count = run("dp", precision=precision, accumulation=2 if precision == "fp32" else 1, reduce_bucket_size=BUCKET)[0]
+    count = counted("dp", precision=precision, accumulation=2 if precision == "fp32" else 1)[0]
     print(count.activations, formulas.gpt2_saved_bytes(shape, micro_batch=1, seq=16, element_bytes=4 if precision == "fp32" else 2))
     assert count.activations == pytest.approx(formulas.gpt2_saved_bytes(
         shape, micro_batch=1, seq=16, element_bytes=4 if precision == "fp32" else 2), rel=0.05)

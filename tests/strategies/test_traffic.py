@@ -1,0 +1,105 @@
+"""Bytes that the six strategies send in a step: counted where they are sent, equal to the formulas to the byte."""
+
+from collections import Counter
+
+import pytest
+
+from tests.strategies import cases
+from yardstick import deepspeed_formulas, formulas
+
+slow = pytest.mark.slow
+
+
+def expected(count):
+    """({(kind, phase): payload bytes}, {(kind, phase): calls, where they are predicted}) of one step."""
+    payload, calls = Counter(), Counter()
+    for row in deepspeed_formulas.traffic(count.tensors, count.config, ranks=count.ranks, accumulation=count.accumulation):
+        payload[row.kind, row.phase] += row.payload_bytes
+        calls[row.kind, row.phase] += float("nan") if row.calls is None else row.calls
+    return dict(payload), {key: n for key, n in calls.items() if n == n}
+
+
+def sent(count, column="payload_bytes"):
+    """{(kind, phase): payload bytes, or calls} counted in one step; the program's own mean of the loss left out."""
+    return {(row["kind"], row["phase"]): row[column] for row in count.traffic if not row["what"]}
+
+
+def check(counts):
+    for count in counts:
+        payload, calls = expected(count)
+        assert sent(count) == payload, f"rank {count.rank}"
+        assert {key: n for key, n in sent(count, "calls").items() if key in calls} == calls, f"rank {count.rank}"
+
+
+def in_P(count):
+    """Ring traffic of a step over that of passing all weights around once."""
+    weights = count.tensors.count * deepspeed_formulas.element_bytes(count.config)
+    ring = sum(formulas.ring_bytes(kind, size, count.ranks) for (kind, _), size in sent(count).items())
+    return ring / formulas.ring_bytes("all_gather", weights, count.ranks)
+
+
+@pytest.mark.parametrize("strategy,precision,accumulation",
+                         cases.CASES + [pytest.param(*case, marks=slow) for case in cases.OTHERS])
+def test_payload_is_predicted_to_the_byte(counted, strategy, precision, accumulation):
+    check(counted(strategy, precision=precision, accumulation=accumulation))
+
+
+@slow
+@pytest.mark.parametrize("strategy,precision,accumulation", cases.CASES)
+def test_four_ranks_of_the_default_model(counted, strategy, precision, accumulation):
+    check(counted(strategy, ranks=4, model="tiny", precision=precision, accumulation=accumulation))
+
+
+@slow
+@pytest.mark.parametrize("strategy,precision,accumulation", cases.OTHERS)
+def test_three_ranks_of_an_odd_model(counted, strategy, precision, accumulation):
+    check(counted(strategy, ranks=3, model="odd", reduce_bucket_size=cases.BUCKET, precision=precision,
+                  accumulation=accumulation))
+
+
+@pytest.mark.parametrize("strategy,weights", [("dp", 2), ("zero1", 3), ("zero2", 5), ("offload", 5), ("zero3", 4)])
+def test_how_many_times_the_weights_are_sent(counted, strategy, weights):
+    """In units of P, with two micro-steps: 2P; 2P and a gather; 2P each and a gather; 2P each (the paper's 3P below)."""
+    count = counted(strategy, precision="fp32", accumulation=2)[0]
+    assert in_P(count) == pytest.approx(weights, rel=0.02)         # persistent and padded tensors, norms
+
+
+def test_stage_3_that_keeps_nothing_sends_what_the_paper_says(counted):
+    counts = counted("zero3", precision="fp32", accumulation=1, max_reuse_distance=0, max_live=0)
+    check(counts)
+    count = counts[0]
+    tied = sum(count.tensors.reused) / count.tensors.count         # gathered by the embedding and by the output layer
+    assert in_P(count) == pytest.approx(formulas.zero_traffic_in_parameters(3) + 2 * tied, rel=0.02)
+    assert deepspeed_formulas.stage3_keeps(count.tensors, count.config["zero_optimization"]) == "none"
+
+
+def test_limits_inside_the_models_size_stay_below_the_bound(counted):
+    """Which weights stay then depends on the order of modules; gathers lie between once and the bound."""
+    limits = {"max_reuse_distance": 60_000, "max_live": 100_000}
+    for count in counted("zero3", precision="fp32", accumulation=1, **limits):
+        assert deepspeed_formulas.stage3_keeps(count.tensors, count.config["zero_optimization"]) == "some"
+        payload, _ = expected(count)
+        real = sent(count)
+        gathers = [("all_gather", "forward"), ("all_gather", "backward")]
+        assert {k: v for k, v in real.items() if k not in gathers} == {k: v for k, v in payload.items() if k not in gathers}
+        once = payload["all_gather", "forward"] - 4 * sum(-(-n // 2) * 2 for n in count.tensors.reused)
+        assert once <= real["all_gather", "forward"] <= payload["all_gather", "forward"]
+        assert 0 < real["all_gather", "backward"] <= payload["all_gather", "backward"]
+        assert sum(real[k] for k in gathers) < sum(payload[k] for k in gathers), "nothing stayed: the limits test nothing"
+
+
+@pytest.mark.parametrize("strategy", cases.ORDER[:4])
+def test_a_meter_below_torch_distributed_counts_the_same(counted, strategy):
+    for count in counted(strategy, precision="bf16", accumulation=2, dispatch=True):
+        assert count.dispatched == sent(count)
+        check([count])
+
+
+def test_one_rank_sends_nothing(counted):
+    count, = counted("zero2", ranks=1, precision="fp32", accumulation=1)
+    assert deepspeed_formulas.traffic(count.tensors, count.config, ranks=1) == []
+    assert in_P_or_zero(count) == 0
+
+
+def in_P_or_zero(count):
+    return sum(formulas.ring_bytes(kind, size, 1) for (kind, _), size in sent(count).items())
