@@ -35,7 +35,8 @@ class Collective:
 
     kind: str
     phase: str             # forward, backward, step
-    calls: int | None      # None: depends on the order of modules and on prefetching
+    calls: int | None      # None: depends on the order of modules, on prefetching, or on how a tensor larger than
+                           # the bucket is cut
     payload_bytes: int
     why: str
 
@@ -304,7 +305,8 @@ def traffic(tensors, config, *, ranks, accumulation=1, first=False):
     elif stage in (1, 2):
         times = accumulation if stage == 2 else 1
         order = tensors.numels if stage == 1 else tensors.numels[::-1]
-        rows.append(Collective("all_reduce", "backward", times * len(buckets(order, size)), times * s * n,
+        calls = times * len(buckets(order, size)) if max(tensors.numels) <= size else None
+        rows.append(Collective("all_reduce", "backward", calls, times * s * n,
                                "gradients, whole buckets to every rank"
                                + (", at each micro-step" if stage == 2 else ", at the last micro-step")))
         rows.append(Collective("all_gather", "step", 1, s * partition_bounds(tensors, ranks, 0)[2], "updated weights"))
