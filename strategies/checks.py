@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from strategies import effective, models
-from yardstick import deepspeed_formulas, op_cache, ranks
+from yardstick import deepspeed_memory, op_cache, ranks, results
 from yardstick.settings import SettingsError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +31,7 @@ class Plan:
     seq: int
     corpus: object
     model_config: object        # of transformers
-    tensors: object             # deepspeed_formulas.Tensors
+    tensors: object             # deepspeed_memory.Tensors
     shape: object               # ModelShape of the GPT-2 family, else None
     folder: Path                # of this run, absolute; made when something is written
     run: str                    # its name in records: strategies/3_zero_stage2
@@ -57,6 +57,7 @@ def check(settings):
     if settings["compile"] and not shutil.which(os.environ.get("CXX") or "c++") and not ranks.gpu_count():
         raise SettingsError("compile=True needs a C++ compiler on a CPU, and none is on PATH. Install one (Debian, Ubuntu: "
                             "apt-get install g++), or leave compile= out.")
+    check_record(settings)
     config = effective.read(settings["strategy"], settings["config"])
     try:
         world = int(os.environ["WORLD_SIZE"]) if ranks.is_rank() else ranks.default_world()
@@ -136,13 +137,36 @@ def quiet_libraries():
 def folder_of(settings):
     """The run's own folder, absolute; made when something is written. The same for all ranks of a launcher."""
     if settings["output"]:
-        return Path(settings["output"]).resolve()
+        return check_writable(Path(settings["output"]).resolve(), "output=")
     import psutil
     # ranks of one launcher agree on the name without a word: they have the same parent
     pid = os.getppid() if ranks.is_rank() else os.getpid()
     started = time.strftime("%Y%m%d-%H%M%S", time.localtime(psutil.Process(pid).create_time()))
     stamp = os.environ.setdefault("RUN_STAMP", f"{started}-{pid}")
-    return ROOT / "runs" / "strategies" / effective.FOLDERS[settings["strategy"]] / stamp
+    return check_writable(ROOT / "runs" / "strategies" / effective.FOLDERS[settings["strategy"]] / stamp, "output=")
+
+
+def check_writable(folder, key):
+    """`folder`, after checking that it is one or can be made, and be written."""
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise SettingsError(f"{folder} cannot be written: {there} is {'read-only here' if there.is_dir() else 'no folder'}. "
+                            f"Give another folder as {key}.")
+    return folder
+
+
+def check_record(settings):
+    """What would keep record=LABEL from being written when the run is over."""
+    if settings["record"] is None:
+        return
+    try:
+        results.check_label(settings["record"])
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    for key in ("config", "model", "data", "tokenizer"):
+        if os.path.isabs(settings[key] or ""):
+            raise SettingsError(f"{key}={settings[key]} is a path of this machine, which a committed record may not hold "
+                                f"(record={settings['record']}). Give a relative path, or leave record= out.")
 
 
 def sequence_of(settings, model_config, gpu):
@@ -173,14 +197,12 @@ def corpus_of(settings, model_config, seq, global_batch):
 
 def check_disk(tensors, config, world, nvme):
     """Refuse a run whose swap files do not fit; a note where nothing is large enough to be swapped."""
-    items = deepspeed_formulas.memory(tensors, config, ranks=world)
+    items = deepspeed_memory.memory(tensors, config, ranks=world)
     files = {item.kind: item.nbytes for item in items if item.place == "nvme"}
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
     needed = local * sum(files.values())
+    check_writable(nvme, "nvme_path=")
     there = next(parent for parent in (nvme, *nvme.parents) if parent.exists())
-    if not os.access(there, os.W_OK):
-        raise SettingsError(f"{there} cannot be written, and infinity keeps its swap files there. Give another "
-                            "nvme_path=.")
     free = shutil.disk_usage(there).free
     if free < 1.1 * needed:
         raise SettingsError(f"the swap files of {local} ranks take {needed / 1e9:.2f} GB and {there} has {free / 1e9:.2f} GB "

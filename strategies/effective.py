@@ -15,12 +15,18 @@ def read(strategy, path=None):
     import hjson
     path = Path(path) if path else HERE / FOLDERS[strategy] / "config.json"
     try:
-        return json.loads(hjson.dumpsJSON(hjson.loads(path.read_text())))
+        config = json.loads(hjson.dumpsJSON(hjson.loads(path.read_text())))
     except FileNotFoundError:
         raise SettingsError(f"there is no config file {path} (config=). Give an existing file, or leave config= "
                             f"out to use strategies/{FOLDERS[strategy]}/config.json.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} cannot be read as a config file ({error}). Give a JSON file as config=.") from None
     except hjson.HjsonDecodeError as error:
         raise SettingsError(f"{path} is not JSON that DeepSpeed can read: {error}. Mend that line.") from None
+    if not isinstance(config, dict):
+        raise SettingsError(f"{path} holds no config: it must be a JSON object, {{...}}. Begin with a copy of "
+                            f"strategies/{FOLDERS[strategy]}/config.json.")
+    return config
 
 
 def batch_triple(settings, config, world):

@@ -1,6 +1,6 @@
 """The model of a run: its configuration, the sizes of its tensors, and, on a rank, the model itself and its use."""
 
-from yardstick import deepspeed_formulas
+from yardstick import deepspeed_memory
 from yardstick.settings import SettingsError, nearest
 from yardstick.shapes import MODELS
 
@@ -46,7 +46,7 @@ def tensors_of(model_config):
         if id(parameter) in once:
             reused.append(parameter.numel())
         once.add(id(parameter))
-    return deepspeed_formulas.Tensors(tuple(p.numel() for p in model.parameters()), tuple(reused))
+    return deepspeed_memory.Tensors(tuple(p.numel() for p in model.parameters()), tuple(reused))
 
 
 def build(plan):

@@ -20,20 +20,22 @@ ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "DS_LOG_LEVEL": "error", "OMP_NUM_THREAD
 
 
 @pytest.fixture(scope="session")
-def server():
+def server(tmp_path_factory):
     """The multiprocessing context of a server that forks processes with PRELOAD imported. It never joins a group."""
+    extensions = tmp_path_factory.mktemp("extensions")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     before = dict(os.environ)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "RUN_STAMP", "CUDA_VISIBLE_DEVICES"):
         os.environ.pop(name, None)
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(ENVIRONMENT, TORCH_EXTENSIONS_DIR=str(extensions))
     try:
         forkserver.ensure_running()
     finally:
         os.environ.clear()
         os.environ.update(before)
-    return context
+    yield context
+    assert not list(extensions.iterdir()), "DeepSpeed compiled an op by itself, which takes minutes"
 
 
 @pytest.fixture

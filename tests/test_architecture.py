@@ -18,7 +18,7 @@ from yardstick.results import ROOT, path_pattern
 # The parts of yardstick, by what they may import. A new module is named here before it passes.
 PARTS = {
     "core": "settings shapes formulas step_time schedules hardware plan results documents deepspeed_map "
-            "deepspeed_config deepspeed_formulas".split(),
+            "deepspeed_config deepspeed_memory deepspeed_traffic".split(),
     "arrays": "data data_sources figures".split(),
     "torch": "ranks model ledger probe traffic op_cache report progress".split()}
 YARDSTICK = "yardstick/core yardstick/arrays yardstick/torch hjson "

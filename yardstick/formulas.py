@@ -1,7 +1,7 @@
 """What is exact on paper: parameters, FLOPs, bytes held and sent, each with its source and the paper's number.
 
 Bytes are bytes, counts are counts; nothing here is measured. What DeepSpeed's present release does beyond
-the papers is in `deepspeed_formulas.py`.
+the papers is in `deepspeed_memory.py` and `deepspeed_traffic.py`.
 """
 
 from yardstick.shapes import FP32, PAPER, Layout, ModelShape

@@ -7,10 +7,12 @@ A process that already has RANK in its environment (torchrun, deepspeed, srun) i
 
 import ctypes
 import hashlib
+import mmap
 import os
 import platform
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -134,7 +136,7 @@ def _die_with_parent(parent):
             os._exit(1)
 
 
-def _fork(function, rank, world, port):
+def _fork(function, rank, world, port, failures):
     parent = os.getpid()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -155,6 +157,8 @@ def _fork(function, rank, world, port):
         code = 130
     except BaseException:
         print(f"[rank {rank}/{world}] {time.strftime('%H:%M:%S')} failed:\n{traceback.format_exc()}", file=sys.stderr)
+    if code:                                             # before the others can notice
+        struct.pack_into("d", failures, 8 * rank, time.monotonic())
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)                                       # no clean-up of what the parent owns
@@ -174,12 +178,15 @@ def start(function, world, gpu=False, say=lambda text: print(text, file=sys.stde
     dead rank. The message names the rank.
     """
     port = free_port()
-    pids = {(_spawn(rank, world, port) if gpu else _fork(function, rank, world, port)): rank for rank in range(world)}
+    failures = mmap.mmap(-1, 8 * world)                  # when each fork failed; 0: it could not say, a signal ended it
+    pids = {(_spawn(rank, world, port) if gpu else _fork(function, rank, world, port, failures)): rank
+            for rank in range(world)}
     failed, deadline = 0, None
     try:
         while pids:
             ended = [(pid, status) for pid, status in (os.waitpid(pid, os.WNOHANG) for pid in pids) if pid]
-            for pid, status in ended:
+            # of ranks found ended at once the first is the cause, the others lost their peer
+            for pid, status in sorted(ended, key=lambda one: struct.unpack_from("d", failures, 8 * pids[one[0]])):
                 rank, code = pids.pop(pid), os.waitstatus_to_exitcode(status)
                 if code and not failed:
                     failed, deadline = (128 - code if code < 0 else code), time.monotonic() + GRACE_SECONDS

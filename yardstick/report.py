@@ -4,7 +4,7 @@ import json
 import shutil
 from collections import defaultdict
 
-from yardstick import deepspeed_formulas, formulas, hardware, ledger, ranks, results
+from yardstick import deepspeed_memory, deepspeed_traffic, formulas, hardware, ledger, ranks, results
 from yardstick.shapes import FP32, MIXED
 
 KIND_NAMES = {"parameter": "weights", "gradient": "gradients", "master": "fp32 master", "optimizer": "Adam's moments",
@@ -51,7 +51,7 @@ def summarise(plan, everyone, history, evaluation, first=False):
     stage = plan.config["zero_optimization"].get("stage", 0)
     recipe = FP32 if plan.precision == "fp32" else MIXED
     paper = formulas.zero_state_bytes_by_kind(params=plan.tensors.count, ranks=plan.world, stage=stage, recipe=recipe)
-    items = [deepspeed_formulas.memory(plan.tensors, plan.config, ranks=plan.world, rank=r, accumulation=plan.accumulation)
+    items = [deepspeed_memory.memory(plan.tensors, plan.config, ranks=plan.world, rank=r, accumulation=plan.accumulation)
              for r in range(plan.world)]
     unnamed = 0
     for moment in ("gradients", "always"):
@@ -60,7 +60,7 @@ def summarise(plan, everyone, history, evaluation, first=False):
         if not counted:
             break
         memory["after_backward" if moment == "gradients" else "rest"] = {
-            "measured": _largest(counted), "predicted": _largest([deepspeed_formulas.by_kind(i, moment) for i in items]),
+            "measured": _largest(counted), "predicted": _largest([deepspeed_memory.by_kind(i, moment) for i in items]),
             "paper": {k: v for k, v in paper.items() if v and (moment == "gradients" or k != "gradient")}}
         # the batch, the loss and DeepSpeed's scalars have no owner; anything larger would be a hole in the ledger
         unnamed = max([unnamed] + [nbytes for one in everyone for shape, _, nbytes in one["moments"][moment][1]
@@ -77,7 +77,7 @@ def summarise(plan, everyone, history, evaluation, first=False):
         if stage == 3 and row["kind"] == "broadcast":
             row["what"] = "start-up"
     own = [row for row in rows if not row["what"]]
-    expected = deepspeed_formulas.traffic(plan.tensors, plan.config, ranks=plan.world, accumulation=plan.accumulation,
+    expected = deepspeed_traffic.traffic(plan.tensors, plan.config, ranks=plan.world, accumulation=plan.accumulation,
                                           first=first)
     if memory:
         measured["payload_bytes"] = sum(row["payload_bytes"] for row in own)
@@ -112,7 +112,7 @@ def summarise(plan, everyone, history, evaluation, first=False):
     return {"memory": memory, "items": items[0], "paper": paper, "traffic": rows, "expected": expected, "stage": stage,
             "measured": {k: v for k, v in measured.items() if v or k in ("unnamed_bytes",)}, "predicted": {
                 k: v for k, v in predicted.items() if v}, "estimated": estimated,
-            "loss": history, "differences": deepspeed_formulas.differences(items[0], paper)}
+            "loss": history, "differences": deepspeed_memory.differences(items[0], paper)}
 
 
 def _largest(sums):
@@ -224,7 +224,7 @@ def _why_not_the_paper(plan, summary):
     if stage in (1, 2):
         return ("the paper reduce-scatters gradients (1 P) and gathers weights (1 P); this release all-reduces whole buckets (2 P)"
                 + (f" at each of {times} micro-steps" if stage == 2 and times > 1 else "") + ", then gathers (1 P).")
-    keeps = deepspeed_formulas.stage3_keeps(plan.tensors, plan.config["zero_optimization"])
+    keeps = deepspeed_traffic.stage3_keeps(plan.tensors, plan.config["zero_optimization"])
     return {"all": "weights gathered in forward stay until backward (the model lies within max_live and max_reuse_distance): 2 P for "
                    "each micro-step, where the paper gathers twice; max_reuse_distance=0 shows its 3 P.",
             "none": "weights are freed after each use and gathered again in backward: the paper's 3 P for each micro-step, and "

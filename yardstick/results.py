@@ -40,8 +40,7 @@ def write(run, *, outcome="ok", settings, measured, predicted, estimated=None, d
     """
     root = pathlib.Path(root or ROOT)
     _check_run(run)
-    if label is not None and not re.fullmatch(r"[a-z0-9_-]+", label):
-        raise ValueError(f"record label {label!r} is no folder name for results/: use a-z, 0-9, _ and - (cpu2).")
+    check_label(label)
     record = {"run": run, "outcome": outcome, "command": command or shown_command(root=root), **_git_state(root),
               "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
               "machine": {**({"label": label} if label else {}), **this_machine(), **(machine or {})},
@@ -152,6 +151,12 @@ def _machine_path(record, text, root):
             return found[0]
     words = [*record["command"].split(), *(str(value) for value in record["settings"].values())]
     return next((word for word in words if re.match(r"['\"]?(-*[\w-]+=)?['\"]?(/|[A-Z]:\\)", word)), None)
+
+
+def check_label(label):
+    """Raise ValueError where `label` cannot name a folder of results/; None is no label."""
+    if label is not None and not re.fullmatch(r"[a-z0-9_-]+", label):
+        raise ValueError(f"record label {label!r} is no folder name for results/: use a-z, 0-9, _ and - (cpu2).")
 
 
 def _check_run(run):

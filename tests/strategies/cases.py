@@ -1,8 +1,10 @@
 """Runs functions as ranks of a fresh process, and hands back what each rank returned and printed."""
 
 import itertools
+import json
 import os
 import pickle
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -114,11 +116,38 @@ def plan(**changes):
     return checks.check(settings(**changes))
 
 
+def command(words, cwd=ROOT, seconds=300, **environment):
+    """Run a command as a user types it, two CPU ranks where it does not say, in the environment of these tests."""
+    left_out = {"OWN_VENV", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "RUN_STAMP", "PYTHONPATH", "RANKS"}
+    inherited = {name: value for name, value in os.environ.items() if name not in left_out}
+    inherited |= {"VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+                  "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(words, cwd=cwd, env={**inherited, **environment}, capture_output=True, text=True, timeout=seconds)
+
+
+def toy(model, output):
+    """Settings of a run that takes no time."""
+    return [f"model={model}", f"output={output}", "steps=2", "seq=16", "eval_batches=0", "sample_tokens=0"]
+
+
+def record(ended, folder):
+    """The record of a finished run, after asserting that it ended well, explained itself and drew its figure."""
+    assert ended.returncode == 0, f"exit code {ended.returncode}:\n{ended.stderr[-4000:]}"
+    written = json.loads((folder / "record.json").read_text())
+    assert str(folder / "record.json") in ended.stdout and "Held by each rank" in ended.stdout
+    assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert written["outcome"] == "ok" and len(written["details"]["loss"]) == written["settings"]["steps"]
+    measured, predicted = written["measured"], written["predicted"]
+    assert measured["unnamed_bytes"] == 0 and measured["optimizer_bytes"] == predicted["optimizer_bytes"]
+    assert measured.get("payload_bytes") == predicted.get("payload_bytes")
+    return written
+
+
 @dataclass(frozen=True)
 class Count:
     """What one rank's run held and sent, by the program's own counters, and what its prediction needs."""
 
-    tensors: object        # deepspeed_formulas.Tensors
+    tensors: object        # deepspeed_memory.Tensors
     config: dict           # as DeepSpeed had it
     ranks: int
     rank: int

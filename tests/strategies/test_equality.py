@@ -183,7 +183,7 @@ def swapping(changes):
         from pathlib import Path
 
         from real_model_example import train
-        from yardstick import deepspeed_formulas
+        from yardstick import deepspeed_memory
         number = int(os.environ["RANK"])
         folder, sizes = Path("run/nvme").resolve(), {}
 
@@ -193,7 +193,7 @@ def swapping(changes):
                     files = list(folder.rglob(f"{name}/rank{number}/**/*.swp"))
                     sizes[name] = sum(file.stat().st_size for file in files)
         losses = train(plan, look, finish=False)["loss"]
-        files = [item for item in deepspeed_formulas.memory(plan.tensors, plan.config, ranks=plan.world, rank=number,
+        files = [item for item in deepspeed_memory.memory(plan.tensors, plan.config, ranks=plan.world, rank=number,
                                                             accumulation=plan.accumulation) if item.place == "nvme"]
         weights = sum(item.nbytes for item in files if item.kind == "parameter")
         return losses, sizes, {"bfloat16params": weights, "optimizer": sum(i.nbytes for i in files) - weights}

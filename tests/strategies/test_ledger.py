@@ -3,15 +3,17 @@
 import pytest
 
 from tests.strategies import cases
-from yardstick import deepspeed_formulas, formulas, ledger
+from yardstick import deepspeed_memory, formulas, ledger
 from yardstick.shapes import FP32, MIXED, ModelShape
 
-SLACK = 64             # bytes: DeepSpeed's scalars, which no formula names
+SLACK = 8              # bytes: a scalar that stands in for weights in files
+ODD = ModelShape(layers=cases.ODD["n_layer"], hidden=cases.ODD["n_embd"], heads=cases.ODD["n_head"],
+                 vocab=cases.ODD["vocab_size"], seq=cases.ODD["n_positions"])
 slow = pytest.mark.slow
 
 
 def items_of(count):
-    return deepspeed_formulas.memory(count.tensors, count.config, ranks=count.ranks, rank=count.rank,
+    return deepspeed_memory.memory(count.tensors, count.config, ranks=count.ranks, rank=count.rank,
                                      accumulation=count.accumulation)
 
 
@@ -20,17 +22,18 @@ def check(counts):
     for count in counts:
         assert set(count.moments) == {"gradients", "always"}
         for moment, (rows, unnamed) in count.moments.items():
-            held, predicted = ledger.totals(rows), deepspeed_formulas.by_kind(items_of(count), moment)
+            held, predicted = ledger.totals(rows), deepspeed_memory.by_kind(items_of(count), moment)
             both = {key: (held.get(key, 0), predicted.get(key, 0)) for key in {*held, *predicted}}
             assert not {key: pair for key, pair in both.items() if abs(pair[0] - pair[1]) > SLACK}, (count.rank, moment)
             assert abs(sum(held.values()) - sum(predicted.values())) <= SLACK, (count.rank, moment)
             micro, seq = count.batch
             for shape, dtype, nbytes in unnamed:
                 batch = dtype == "int64" and shape[-2:] == (micro, seq) and nbytes == 8 * count.accumulation * micro * seq
-                assert batch or nbytes <= SLACK, f"{nbytes} bytes of {dtype} {shape} have no name"
+                assert batch or shape in ((), (1,)), f"{nbytes} bytes of {dtype} {shape} have no name"
 
 
-@pytest.mark.parametrize("strategy,precision,accumulation", cases.CASES + [pytest.param(*case, marks=slow) for case in cases.OTHERS])
+@pytest.mark.parametrize("strategy,precision,accumulation",
+                         cases.CASES + [pytest.param(*case, marks=slow) for case in cases.OTHERS])
 def test_two_ranks(counted, strategy, precision, accumulation):
     check(counted(strategy, precision=precision, accumulation=accumulation))
 
@@ -74,7 +77,7 @@ def test_the_difference_to_the_paper_is_named_to_the_byte(counted, strategy, pre
                                               recipe=FP32 if precision == "fp32" else MIXED)
     names = set()
     for count in counts:
-        rows = deepspeed_formulas.differences(items_of(count), paper)
+        rows = deepspeed_memory.differences(items_of(count), paper)
         names |= {name for name, _ in rows}
         beyond = sum(nbytes for _, nbytes in rows)
         items = sum(item.nbytes for item in items_of(count))
@@ -88,17 +91,12 @@ def test_the_difference_to_the_paper_is_named_to_the_byte(counted, strategy, pre
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_activations_at_their_peak(counted, precision):
-    sizes = cases.ODD
-    shape = ModelShape(layers=sizes["n_layer"], hidden=sizes["n_embd"], heads=sizes["n_head"], vocab=sizes["vocab_size"],
-                       seq=sizes["n_positions"])
     count = counted("dp", precision=precision, accumulation=2 if precision == "fp32" else 1)[0]
-    estimate = formulas.gpt2_saved_bytes(shape, micro_batch=1, seq=16, element_bytes=4 if precision == "fp32" else 2)
+    estimate = formulas.gpt2_saved_bytes(ODD, micro_batch=1, seq=16, element_bytes=4 if precision == "fp32" else 2)
     assert count.activations == pytest.approx(estimate, rel=0.01)
 
 
 def test_activations_with_checkpointing(counted):
-    sizes = cases.ODD
-    shape = ModelShape(layers=sizes["n_layer"], hidden=sizes["n_embd"], heads=sizes["n_head"], vocab=sizes["vocab_size"],
-                       seq=sizes["n_positions"])
     count = counted("zero1", precision="fp32", accumulation=1, activation_checkpointing=True)[0]
-    print(count.activations, formulas.gpt2_saved_bytes(shape, micro_batch=1, seq=16, element_bytes=4, recompute="full"))
+    estimate = formulas.gpt2_saved_bytes(ODD, micro_batch=1, seq=16, element_bytes=4, recompute="full")
+    assert count.activations == pytest.approx(estimate, rel=0.01)

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from tests.strategies import cases
-from yardstick import deepspeed_formulas, formulas
+from yardstick import deepspeed_memory, deepspeed_traffic, formulas
 
 slow = pytest.mark.slow
 
@@ -13,7 +13,7 @@ slow = pytest.mark.slow
 def expected(count, first=False):
     """({(kind, phase): payload bytes}, {(kind, phase): calls, where they are predicted}) of one step."""
     payload, calls = Counter(), Counter()
-    for row in deepspeed_formulas.traffic(count.tensors, count.config, ranks=count.ranks, accumulation=count.accumulation,
+    for row in deepspeed_traffic.traffic(count.tensors, count.config, ranks=count.ranks, accumulation=count.accumulation,
                                            first=first):
         payload[row.kind, row.phase] += row.payload_bytes
         calls[row.kind, row.phase] += float("nan") if row.calls is None else row.calls
@@ -36,7 +36,7 @@ def check(counts, calls_of=()):
 
 def in_P(count):
     """Ring traffic of a step over that of passing all weights around once."""
-    weights = count.tensors.count * deepspeed_formulas.element_bytes(count.config)
+    weights = count.tensors.count * deepspeed_memory.element_bytes(count.config)
     ring = sum(formulas.ring_bytes(kind, size, count.ranks) for (kind, _), size in sent(count).items())
     return ring / formulas.ring_bytes("all_gather", weights, count.ranks)
 
@@ -90,14 +90,14 @@ def test_stage_3_that_keeps_nothing_sends_what_the_paper_says(counted):
     count = counts[0]
     tied = sum(count.tensors.reused) / count.tensors.count         # gathered by the embedding and by the output layer
     assert in_P(count) == pytest.approx(formulas.zero_traffic_in_parameters(3) + 2 * tied, rel=0.02)
-    assert deepspeed_formulas.stage3_keeps(count.tensors, count.config["zero_optimization"]) == "none"
+    assert deepspeed_traffic.stage3_keeps(count.tensors, count.config["zero_optimization"]) == "none"
 
 
 def test_limits_inside_the_models_size_stay_below_the_bound(counted):
     """Which weights stay then depends on the order of modules; gathers lie between once and the bound."""
     limits = {"max_reuse_distance": 60_000, "max_live": 100_000}
     for count in counted("zero3", precision="fp32", accumulation=1, **limits):
-        assert deepspeed_formulas.stage3_keeps(count.tensors, count.config["zero_optimization"]) == "some"
+        assert deepspeed_traffic.stage3_keeps(count.tensors, count.config["zero_optimization"]) == "some"
         payload, _ = expected(count)
         real = sent(count)
         gathers = [("all_gather", "forward"), ("all_gather", "backward")]
@@ -117,5 +117,5 @@ def test_a_meter_below_torch_distributed_counts_the_same(counted, strategy):
 
 def test_one_rank_sends_nothing(counted):
     count, = counted("zero2", ranks=1, precision="fp32", accumulation=1)
-    assert deepspeed_formulas.traffic(count.tensors, count.config, ranks=1) == []
+    assert deepspeed_traffic.traffic(count.tensors, count.config, ranks=1) == []
     assert sum(row["ring_bytes"] for row in count.traffic) == 0

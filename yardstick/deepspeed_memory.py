@@ -1,16 +1,14 @@
-"""What DeepSpeed 0.19 really holds and sends, from a config and the list of a model's tensors, to the byte.
+"""What DeepSpeed 0.19 really holds, from a config and the list of a model's tensors, to the byte.
 
 `formulas.zero_state_bytes` is the paper. This is the release: a second fp32 copy, padding, tensors that
-straddle two ranks' shares, parameters that persist, buckets, transfer and swap buffers, all-reduce where the
-paper has reduce-scatter. Each is an Item or a Collective with a name, so that the difference can be read.
-Sources are modules and symbols of the package deepspeed.
+straddle two ranks' shares, parameters that persist, buckets, transfer and swap buffers. Each is an Item with a name, so
+that the difference can be read. Sources are modules and symbols of the package deepspeed.
 """
 
 from dataclasses import dataclass
 
 MIN_SWAP_BYTES = 2**20            # runtime/swap_tensor/utils.py: MIN_AIO_BYTES
 SWAP_ALIGN_BYTES = 1024           # runtime/swap_tensor/utils.py: AIO_ALIGNED_BYTES
-FALLBACK_BUCKET = 500_000_000     # elements; runtime/engine.py: DeepSpeedEngine.buffered_allreduce_fallback
 
 
 @dataclass(frozen=True)
@@ -27,18 +25,6 @@ class Item:
     nbytes: int
     moment: str = "always"
     in_paper: bool = False
-
-
-@dataclass(frozen=True)
-class Collective:
-    """What one rank takes part in per optimizer step: payload is the bytes of the full tensors."""
-
-    kind: str
-    phase: str             # forward, backward, step
-    calls: int | None      # None: depends on the order of modules, on prefetching, or on how a tensor larger than
-                           # the bucket is cut
-    payload_bytes: int
-    why: str
 
 
 @dataclass(frozen=True)
@@ -64,15 +50,17 @@ def of_shape(shape):
     return Tensors(numels, (numels[0],) if shape.tied else ())
 
 
-def _ceil(a, b):
+def ceil_div(a, b):
+    """a / b, rounded up."""
     return -(-a // b)
 
 
 def _up(a, multiple):
-    return _ceil(a, multiple) * multiple
+    return ceil_div(a, multiple) * multiple
 
 
-def _zero(config):
+def sections(config):
+    """(zero_optimization, stage, where the optimizer is offloaded to, where the weights are) of a DeepSpeed config."""
     zero = config.get("zero_optimization", {})
     optimizer = zero.get("offload_optimizer") or {}
     params = zero.get("offload_param") or {}
@@ -99,7 +87,7 @@ def memory(tensors, config, *, ranks, rank=0, accumulation=1):
     config: the effective DeepSpeed config (stage, buckets, offload, precision). After backward means after the
     last micro-step, before engine.step().
     """
-    zero, stage, offload, offload_param = _zero(config)
+    zero, stage, offload, offload_param = sections(config)
     s = element_bytes(config)
     torch_adam = config.get("optimizer", {}).get("params", {}).get("torch_adam", False)
     if stage == 0:
@@ -161,9 +149,9 @@ def _stage12(tensors, zero, s, ranks, rank, offload, torch_adam, accumulation):
 
 def _stage3(tensors, config, zero, s, ranks, offload, offload_param, torch_adam):
     """runtime/zero/stage3.py: DeepSpeedZeroOptimizer_Stage3, partition_parameters.py, swap_tensor/."""
-    shares = [_ceil(n, ranks) for n in tensors.numels]          # each tensor is cut alone, the last share padded
+    shares = [ceil_div(n, ranks) for n in tensors.numels]          # each tensor is cut alone, the last share padded
     threshold = zero.get("stage3_param_persistence_threshold", 100_000)
-    persistent = sum(n for n in tensors.numels if n <= threshold)
+    persistent = sum(ranks * share for n, share in zip(tensors.numels, shares) if n <= threshold)     # padded too
     aio = config.get("aio", {})
     least = max(MIN_SWAP_BYTES, aio.get("block_size", 2**20))
     align = SWAP_ALIGN_BYTES * aio.get("intra_op_parallelism", 1)
@@ -179,7 +167,7 @@ def _stage3(tensors, config, zero, s, ranks, offload, offload_param, torch_adam)
               Item("parameter", "nvme", "weights of the own share in files", sum(_up(s * n, align) for n in swapped),
                    in_paper=True),
               Item("parameter", param_place, "placeholders of weights in files", 2 * s if swapped else 0)]
-    groups = _sub_groups(shares, zero.get("sub_group_size", 10**9))
+    groups = sub_groups(shares, zero.get("sub_group_size", 10**9))
     if offload_param == "nvme":
         settings = zero["offload_param"]
         items.append(Item("buffer", "host", "swap buffers of the weights",
@@ -217,8 +205,8 @@ def _stage3(tensors, config, zero, s, ranks, offload, offload_param, torch_adam)
     return [item for item in items if item.nbytes]
 
 
-def _sub_groups(shares, size):
-    """Indices of the tensors that the optimizer steps together (stage3.py: _create_fp16_sub_groups)."""
+def sub_groups(shares, size):
+    """Indices of the tensors that the optimizer steps together (stage3.py: _create_fp16sub_groups)."""
     if size >= sum(shares):
         return [list(range(len(shares)))]
     groups, group, filled = [], [], 0
@@ -267,98 +255,3 @@ def differences(items, paper):
             name = f"{kind}: padding of the shares"
         rows[name] = rows.get(name, 0) + gap
     return sorted(((name, nbytes) for name, nbytes in rows.items() if nbytes), key=lambda row: -abs(row[1]))
-
-
-def buckets(numels, size):
-    """Payloads, in elements, of the all-reduces that a walk over gradients cuts at `size` elements.
-
-    A bucket is sent when the next tensor would overflow it; a larger tensor goes alone.
-    """
-    sent, filled = [], 0
-    for n in numels:
-        if filled and filled + n > size:
-            sent.append(filled)
-            filled = 0
-        filled += n
-    return sent + ([filled] if filled else [])
-
-
-def traffic(tensors, config, *, ranks, accumulation=1, first=False):
-    """[Collective] of one optimizer step, on each of `ranks` data-parallel ranks; first=True: of a run's very first step.
-
-    Payload bytes are exact. Numbers of calls assume that gradients arrive in the reverse order of the tensors.
-    Between "keeps all" and "keeps nothing" (stage 3 with limits inside the model's size) the gathers of backward
-    depend on the order of modules: their payload is then an upper bound, and `why` says so.
-    """
-    zero, stage, offload, _ = _zero(config)
-    s, n = element_bytes(config), tensors.count
-    clip = config.get("gradient_clipping", 0.0) > 0
-    size = int(zero.get("reduce_bucket_size", 5e8))
-    rows = []
-    if ranks == 1:
-        return rows
-    if stage == 0:
-        sent = buckets(tensors.numels, FALLBACK_BUCKET)
-        rows.append(Collective("all_reduce", "backward", len(sent), s * n, "gradients, at the last micro-step"))
-        if s == 4 and clip:
-            rows.append(Collective("all_reduce", "step", 1, 4, "norm of the gradients"))
-    elif stage in (1, 2):
-        times = accumulation if stage == 2 else 1
-        order = tensors.numels if stage == 1 else tensors.numels[::-1]
-        calls = times * len(buckets(order, size)) if max(tensors.numels) <= size else None
-        rows.append(Collective("all_reduce", "backward", calls, times * s * n,
-                               "gradients, whole buckets to every rank"
-                               + (", at each micro-step" if stage == 2 else ", at the last micro-step")))
-        rows.append(Collective("all_gather", "step", 1, s * partition_bounds(tensors, ranks, 0)[2], "updated weights"))
-        rows.append(Collective("all_reduce", "step", 1, 4, "norm of the gradients"))
-        if s == 2:
-            rows.append(Collective("all_reduce", "step", 1, 1, "overflow flag"))
-    else:
-        rows += _traffic3(tensors, zero, s, ranks, accumulation, offload, size, first)
-    return rows
-
-
-def stage3_keeps(tensors, zero):
-    """"all" when gathered parameters stay until the end of backward, "none" when each is freed after use, else "some".
-
-    runtime/zero/partitioned_param_coordinator.py: a parameter is kept when its next use lies within
-    max_reuse_distance elements; from the first layer's forward to its backward that is twice the model.
-    """
-    live = zero.get("stage3_max_live_parameters", 10**9)
-    reuse = zero.get("stage3_max_reuse_distance", 10**9)
-    if reuse == 0:
-        return "none"
-    return "all" if reuse >= 2 * (tensors.count + sum(tensors.reused)) and live >= tensors.count else "some"
-
-
-def _traffic3(tensors, zero, s, ranks, accumulation, offload, size, first):
-    threshold = zero.get("stage3_param_persistence_threshold", 100_000)
-    padded = [_ceil(n, ranks) * ranks for n in tensors.numels]
-    persistent = [p for n, p in zip(tensors.numels, padded) if n <= threshold]
-    gathered = sum(padded) - sum(persistent)
-    again = sum(_ceil(n, ranks) * ranks for n in tensors.reused if n > threshold)
-    keeps = stage3_keeps(tensors, zero)
-    # the first micro-step records the order of modules: persistent tensors are not whole yet, nothing is kept
-    recorded, steady = (1, accumulation - 1) if first else (0, accumulation)
-    recording = recorded * s * (sum(padded) + again)
-    if keeps == "all":
-        why = {"forward": "weights, kept from forward to backward", "backward": ""}
-        sent = {"forward": recording + steady * s * gathered, "backward": recording}
-    else:
-        bound = "" if keeps == "none" else " (at most: some stay within the live and reuse limits)"
-        why = dict.fromkeys(("forward", "backward"), "weights, freed after each use" + bound)
-        sent = dict.fromkeys(why, recording + steady * s * (gathered + again))
-    if recorded and steady:                                  # the second micro-step gathers the persistent ones to stay
-        sent["forward"] += s * sum(persistent)
-    note = "; all of them in the first micro-step, which records the order of modules" if first else ""
-    rows = [Collective("all_gather", phase, None, sent[phase], (why[phase] + note).removeprefix("; "))
-            for phase in sent if sent[phase]]
-    reduced = sum(padded)
-    rows.append(Collective("reduce_scatter", "backward", accumulation * len(buckets(tensors.numels[::-1], size)),
-                           accumulation * s * reduced, "gradients, at each micro-step"))
-    if persistent:
-        rows.append(Collective("all_gather", "step", len(persistent), s * sum(persistent), "persistent parameters"))
-    groups = len(_sub_groups([p // ranks for p in padded], zero.get("sub_group_size", 10**9)))
-    rows.append(Collective("all_reduce", "step", groups, (4 if offload != "none" else 8) * groups,
-                           "norm of the gradients, one for each sub-group"))
-    return rows
