@@ -8,7 +8,8 @@ from tests.strategies import cases
 
 
 @pytest.mark.timeout(1800)                     # infinity compiles async_io the first time
-@pytest.mark.parametrize("strategy", cases.ORDER)
+@pytest.mark.parametrize("strategy", [pytest.param("zero2", marks=pytest.mark.slow) if strategy == "zero2" else strategy
+                                      for strategy in cases.ORDER])      # run.sh of zero2: tests/strategies/test_launchers.py
 def test_first_command(request, models, tmp_path, strategy):
     if strategy == "infinity":
         request.getfixturevalue("async_io")
@@ -16,7 +17,8 @@ def test_first_command(request, models, tmp_path, strategy):
     text = (cases.ROOT / "strategies" / folder / "README.md").read_text()
     first = re.search(r"```bash\n([^\n#]*)", text)[1].split()
     assert first == ["bash", f"strategies/{folder}/run.sh"]
-    ended = cases.command([*first, *cases.toy(models["small"], tmp_path / "run")])
+    model = models["wide" if strategy == "infinity" else "small"]
+    ended = cases.command([*first, *cases.toy(model, tmp_path / "run")])
     record = cases.record(ended, tmp_path / "run")
     assert record["run"] == f"strategies/{folder}" and record["settings"]["strategy"] == strategy
     assert record["machine"]["ranks"] == 2 and record["command"].startswith(f"bash strategies/{folder}/run.sh ")

@@ -107,10 +107,9 @@ def test_record_writes_results(checkout):
 def test_ctrl_c_ends_every_rank(models, tmp_path):
     """A terminal sends SIGINT to the whole foreground group."""
     words = ["bash", "strategies/1_data_parallel/run.sh", *cases.toy(models["small"], tmp_path / "run"), "steps=100000"]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "RANKS": "2", "VIRTUAL_ENV": sys.prefix}
-    environment.pop("OWN_VENV", None)
     with open(tmp_path / "log", "w+") as log:
-        process = subprocess.Popen(words, cwd=cases.ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(words, cwd=cases.ROOT, env=cases.environment(), stdout=log, stderr=log,
+                                   start_new_session=True)
         try:
             until = time.monotonic() + 120
             while "step 1/" not in (tmp_path / "log").read_text():
