@@ -10,6 +10,7 @@ report: what the ranks held and sent, predicted beside counted, and how that dif
 """
 
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -84,9 +85,11 @@ def main():
     if ranks.is_rank():
         train(plan)
         return 0
-    if ranks.gpu_count() == 0:
-        return ranks.start(lambda: train(plan), plan.world)
-    return ranks.start(None, plan.world, gpu=True)
+    try:
+        return ranks.start(lambda: train(plan), plan.world, gpu=plan.gpu)
+    finally:
+        if plan.swap:                      # however the ranks ended; they are of no use to a later run
+            shutil.rmtree(plan.swap, ignore_errors=True)
 
 
 def train(plan, after_backward=None, finish=True):
@@ -124,7 +127,7 @@ def train(plan, after_backward=None, finish=True):
         with probe("data"):
             rows = batches.step(step, rank.rank, rank.world, plan.accumulation)      # [accumulation, micro_batch, seq]
             tokens_ABT = torch.from_numpy(rows).to(engine.device)
-        losses = []
+        rate, losses = scheduler.get_last_lr()[0], []
         for tokens_BT in tokens_ABT:
             with probe("forward"):
                 loss = engine(input_ids=tokens_BT, labels=tokens_BT).loss            # mean over B * (T-1) targets
@@ -139,7 +142,7 @@ def train(plan, after_backward=None, finish=True):
             mean = torch.stack(losses).float().mean()
             torch.distributed.all_reduce(mean)                                       # DeepSpeed does not average losses
         history.append(mean.item() / rank.world)
-        log.step(step, history[-1], scheduler.get_last_lr()[0])
+        log.step(step, history[-1], rate)
     probe.end_step()
     meter.counting = False
 
@@ -159,7 +162,8 @@ if __name__ == "__main__":
     except SettingsError as error:
         sys.exit(f"real_model_example.py: {error}")
     except ModuleNotFoundError as error:
-        sys.exit(f"real_model_example.py: this Python ({sys.executable}) has no module {error.name}. Start by strategies/3_zero_stage2/run.sh, which "
-                 "makes what is missing, or run `source env.sh` first, or pip install -r requirements.txt.")
+        sys.exit(f"real_model_example.py: this Python ({sys.executable}) has no module {error.name}. Start by "
+                 "strategies/3_zero_stage2/run.sh, which makes what is missing, or run `source env.sh` first, or "
+                 "pip install -r requirements.txt.")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -37,6 +37,7 @@ class Plan:
     run: str                    # its name in records: strategies/3_zero_stage2
     command: str                # as a user types it
     notes: list                 # sentences for the user
+    swap: Path | None           # of this run's swap files, absolute; None without NVMe
     brief: bool = False         # one line at the end in place of the report
 
 
@@ -110,7 +111,8 @@ def check(settings):
     for note in notes:
         say(f"note: {note}")
     return Plan(settings, config, ops, world, gpu, precision, total, micro, times, seq, corpus, model_config, tensors,
-                shape, folder, "strategies/" + effective.FOLDERS[settings["strategy"]], command_of(settings), notes)
+                shape, folder, "strategies/" + effective.FOLDERS[settings["strategy"]], command_of(settings), notes,
+                nvme if "async_io" in ops else None)
 
 
 def command_of(settings):

@@ -12,6 +12,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -74,6 +75,8 @@ def main():
         print(f"[{number}/{len(cases)}] {strategy} {precision}, {plan.world} ranks ({time.monotonic() - begin:.0f} s so far)",
               *notes, sep="\n", file=sys.stderr, flush=True)
         code = ranks.start(lambda: train(plan), plan.world, gpu=plan.gpu)
+        if plan.swap:
+            shutil.rmtree(plan.swap, ignore_errors=True)
         if code:
             sys.exit(f"compare.py: {strategy} {precision} ended with exit code {code}; its messages are above.")
         record = results.ROOT / "results" / str(settings["record"]) / f"{plan.run}.json"

@@ -14,19 +14,19 @@ from yardstick import op_cache
 PRELOAD = ["torch", "deepspeed", "transformers", "transformers.models.gpt2.modeling_gpt2", "torch.distributed.nn",
            "torch.utils.cpp_extension", "pytest", "psutil", "real_model_example", "tests.strategies.cases",
            "yardstick.report", "yardstick.probe", "yardstick.data"]
-# Ranks of tests compute on the CPU whatever the machine has, one thread each, so that sums are the same every time.
-ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "DS_LOG_LEVEL": "error", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-               "HF_HUB_OFFLINE": "1", "RANKS": "2", "PYTHONPATH": str(cases.ROOT)}
+# Ranks of tests compute on the CPU whatever the machine has, in one thread each: sums are the same every time.
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "DS_LOG_LEVEL": "error", "OMP_NUM_THREADS": "1",
+               "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "RANKS": "2", "PYTHONPATH": str(cases.ROOT)}
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """The multiprocessing context of a server that forks processes with PRELOAD imported. It never joins a group."""
+    """The multiprocessing context of a server that forks processes with PRELOAD imported; it joins no group."""
     extensions = tmp_path_factory.mktemp("extensions")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     before = dict(os.environ)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "RUN_STAMP", "CUDA_VISIBLE_DEVICES"):
+    for name in cases.OF_LAUNCHERS:
         os.environ.pop(name, None)
     os.environ.update(ENVIRONMENT, TORCH_EXTENSIONS_DIR=str(extensions))
     try:
@@ -48,7 +48,7 @@ def launch(server, tmp_path):
 
 @pytest.fixture(scope="session")
 def async_io():
-    """DeepSpeed's asynchronous I/O, compiled once into the checkout's cache; skips where the system lacks its tools."""
+    """DeepSpeed's asynchronous I/O, compiled once into the checkout's cache; skips where its tools are missing."""
     _compiled("async_io")
 
 
@@ -79,8 +79,8 @@ def counts(server, models, tmp_path_factory):
         key = json.dumps([ranks, dispatch, changes], sort_keys=True)
         if key not in known:
             changes = {**changes, "model": models.get(changes["model"], changes["model"])}
-            known[key] = cases.launch(server, tmp_path_factory.mktemp("counted"), cases.counting, changes, dispatch,
-                                      ranks=ranks).good()
+            folder = tmp_path_factory.mktemp("counted")
+            known[key] = cases.launch(server, folder, cases.counting, changes, dispatch, ranks=ranks).good()
         return known[key]
     return of
 
@@ -89,12 +89,14 @@ def counts(server, models, tmp_path_factory):
 def counted(request, counts):
     """counted(strategy, ranks=2, ...) -> [cases.Count of each rank]; runs are kept, so tests of them share one.
 
-    The odd model with a small bucket, unless asked for another; infinity takes a model with something to swap, and the
-    bucket of its config.
+    The odd model with a small bucket, unless asked for another; infinity takes a model with something to swap, and
+    the bucket of its config.
     """
     def of(strategy, ranks=2, dispatch=False, **changes):
         if strategy == "infinity":
             request.getfixturevalue("async_io")
-        usual = {"model": "wide"} if strategy == "infinity" else {"model": "odd", "reduce_bucket_size": cases.BUCKET}
+        usual = {"model": "odd", "reduce_bucket_size": cases.BUCKET}
+        if strategy == "infinity":
+            usual = {"model": "wide"}
         return counts(ranks, dispatch, {"strategy": strategy, **({} if "model" in changes else usual), **changes})
     return of

@@ -14,6 +14,7 @@ import ctypes
 import fcntl
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -150,6 +151,9 @@ def _build(op, say, holder):
 def _compile(op):
     import deepspeed.ops.op_builder  # noqa: F401  sets up the builders' package
     from deepspeed.accelerator import get_accelerator
+    from torch.utils import cpp_extension
+    # torch quotes the folders of headers and not this one, so a checkout whose path has a space would not link
+    cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)
     if op == "async_io":
         load(["pin_memory"])
     get_accelerator().create_op_builder(BUILDERS[op]).load(verbose=True)

@@ -22,9 +22,9 @@ def finish(plan, rank, engine, probe, meter, history, matmul, evaluation, sample
             "peak_allocated": torch.cuda.max_memory_allocated() if rank.gpu else None}
     everyone = [None] * rank.world
     torch.distributed.all_gather_object(everyone, mine)
-    if ledger.swap_folder(engine):
-        torch.distributed.barrier()
-        shutil.rmtree(ledger.swap_folder(engine), ignore_errors=True)      # of no use to a later run
+    if plan.swap:
+        torch.distributed.barrier()                      # every rank has read its files' sizes
+        shutil.rmtree(plan.swap, ignore_errors=True)
     if rank.rank:
         return
     summary = summarise(plan, everyone, history, evaluation, first=probe.first == 0)

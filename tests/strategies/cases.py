@@ -25,6 +25,8 @@ BUCKET = 50_000        # elements; the odd model's embedding is larger
 CASES = [(strategy, precision, accumulation) for strategy in ORDER[:5]
          for precision, accumulation in (("fp32", 2), ("bf16", 1))] + [("infinity", "bf16", 2)]
 OTHERS = [(strategy, precision, 3 - accumulation) for strategy, precision, accumulation in CASES]
+# what torchrun and its like tell a rank
+OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "RUN_STAMP", "STARTED_BY")
 _numbers = itertools.count()
 
 
@@ -65,8 +67,8 @@ def launch(server, folder, maker, *arguments, ranks=2, seconds=300, environment=
     log = (folder / "log").read_text(errors="replace") if (folder / "log").exists() else ""
     assert ended, f"no end within {seconds} s; the end of what it printed:\n{log[-4000:]}"
     files = [folder / f"rank{rank}" for rank in range(ranks)]
-    return Outcome(process.exitcode, [pickle.loads(file.read_bytes()) if file.exists() else None for file in files],
-                   log, time.monotonic() - begin)
+    returned = [pickle.loads(file.read_bytes()) if file.exists() else None for file in files]
+    return Outcome(process.exitcode, returned, log, time.monotonic() - begin)
 
 
 def _start(maker, arguments, count, folder, environment):
@@ -103,7 +105,7 @@ def settings(**changes):
 
 
 def plan(**changes):
-    """The Plan of a run with `changes`. Products of matrices stay in plain fp32 on every rank, whatever is faster."""
+    """The Plan of a run with `changes`. Matrix products stay in plain fp32 on every rank, whatever is faster."""
     import torch
 
     from strategies import checks
@@ -118,7 +120,7 @@ def plan(**changes):
 
 def environment(**changes):
     """That of a user who has activated the environment of these tests, on a machine without a GPU."""
-    left_out = {"OWN_VENV", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "RUN_STAMP", "PYTHONPATH", "RANKS"}
+    left_out = (*OF_LAUNCHERS, "OWN_VENV", "PYTHONPATH", "RANKS")
     inherited = {name: value for name, value in os.environ.items() if name not in left_out}
     return {**inherited, "VIRTUAL_ENV": sys.prefix, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **changes}
@@ -126,7 +128,7 @@ def environment(**changes):
 
 def command(words, cwd=ROOT, seconds=300, **changes):
     """Run a command as a user types it."""
-    return subprocess.run(words, cwd=cwd, env=environment(**changes), capture_output=True, text=True, timeout=seconds)
+    return subprocess.run(words, cwd=cwd, env=environment(**changes), timeout=seconds, capture_output=True, text=True)
 
 
 def toy(model, output):
@@ -161,7 +163,7 @@ class Count:
     moments: dict          # {"gradients" or "always": (ledger rows, storages without a name)}
     activations: int       # bytes that autograd saved, at their peak
     traffic: list          # of Meter.per_step
-    dispatched: dict       # {(kind, phase): payload bytes of a step} as seen by a TorchDispatchMode, where asked for
+    dispatched: dict       # {(kind, phase): payload bytes of a step} by a TorchDispatchMode, where asked for
 
 
 def counting(changes, dispatch=False):
@@ -192,21 +194,23 @@ def counting(changes, dispatch=False):
 
 
 def _dispatch_counter(seen):
-    """A mode below torch.distributed: whoever calls a collective, and however, torch dispatches it as an operator."""
+    """A mode below torch.distributed: whoever calls a collective, torch dispatches it as an operator."""
     from collections import Counter
 
     from torch.utils._python_dispatch import TorchDispatchMode
-    tensor_of = {"allreduce_": ("all_reduce", 0), "_allgather_base_": ("all_gather", 0),      # the full tensor, as the
-                 "_reduce_scatter_base_": ("reduce_scatter", 1), "broadcast_": ("broadcast", 0)}  # Meter counts it
+    # which argument is the full tensor, by which the Meter counts
+    tensor_of = {"allreduce_": ("all_reduce", 0), "_allgather_base_": ("all_gather", 0),
+                 "_reduce_scatter_base_": ("reduce_scatter", 1), "broadcast_": ("broadcast", 0)}
 
     class Dispatched(TorchDispatchMode):
         sums = Counter()
 
         def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-            if operator.namespace == "c10d" and "meter" in seen and seen["meter"].counting and not seen["meter"].what:
+            meter = seen.get("meter")
+            if operator.namespace == "c10d" and meter and meter.counting and not meter.what:
                 kind, where = tensor_of.get(operator._opname, (operator._opname, None))
                 tensors = [] if where is None else args[where]
                 tensors = tensors if isinstance(tensors, (list, tuple)) else [tensors]
-                self.sums[kind, seen["meter"].phase] += sum(t.numel() * t.element_size() for t in tensors)
+                self.sums[kind, meter.phase] += sum(t.numel() * t.element_size() for t in tensors)
             return operator(*args, **(kwargs or {}))
     return Dispatched()

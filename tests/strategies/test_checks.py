@@ -1,4 +1,4 @@
-"""What cannot work is refused before a rank starts, in one message that says what is wrong, where, and what to do."""
+"""What cannot work is refused before a rank starts: one message says what is wrong, where, and what to do."""
 
 import json
 import os
@@ -20,10 +20,10 @@ PREPARE = op_cache.prepare
 
 @pytest.fixture(autouse=True)
 def cpu(monkeypatch, tmp_path):
-    """Two CPU ranks, whatever the machine and the caller's environment are; starting one is an error of the test."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "RUN_STAMP"):
+    """Two CPU ranks, whatever the machine and the caller's environment; starting one is an error of the test."""
+    for name in (*cases.OF_LAUNCHERS, "CXX"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in (("DS_ACCELERATOR", "cpu"), ("RANKS", "2"), ("HF_HUB_OFFLINE", "1"), ("DS_LOG_LEVEL", "error")):
+    for name, value in {"DS_ACCELERATOR": "cpu", "RANKS": "2", "HF_HUB_OFFLINE": "1", "DS_LOG_LEVEL": "error"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(ranks, "start", lambda *_, **__: pytest.fail("ranks were started"))
     monkeypatch.setattr(op_cache, "prepare", lambda ops, say: None)
@@ -69,10 +69,11 @@ TOGETHER = [
     (["steps=0"], ["steps=0 must be at least 1"]),
     (["eval_batches=-1"], ["eval_batches=-1 must be at least 0"]),
     (["global_batch=7"], ["global_batch=7", "2 ranks", "RANKS="]),
-    (["global_batch=8", "micro_batch=3"], ["global_batch=8 cannot be divided by micro_batch=3 x 2 ranks = 6", "global_batch=6"]),
+    (["global_batch=8", "micro_batch=3"], ["global_batch=8 cannot be divided by micro_batch=3 x 2 ranks",
+                                             "global_batch=6"]),
     (["global_batch=8", "accumulation=3"], ["accumulation=3 x 2 ranks = 6", "no whole micro_batch"]),
-    (["global_batch=8", "micro_batch=2", "accumulation=3"], ["global_batch=8 is not micro_batch=2 x accumulation=3 x 2 ranks = 12",
-                                                             "Leave one of the three out"]),
+    (["global_batch=8", "micro_batch=2", "accumulation=3"],
+     ["global_batch=8 is not micro_batch=2 x accumulation=3 x 2 ranks = 12", "Leave one of the three out"]),
     (["micro_batch=0"], ["micro_batch=0 must be at least 1"]),
     (["seq=257", "model=tiny"], ["seq=257 is longer than the model's 256 positions", "seq=256"]),
     (["seq=1"], ["seq=1", "at least 2 tokens"]),
@@ -83,10 +84,12 @@ TOGETHER = [
     (["tokenizer=/no/such/folder"], ["tokenizer=/no/such/folder", "None for the embedded one"]),
     (["seed=-1"], ["seed=-1", "out of range"]),
     (["strategy=infinity", "precision=fp32"], ["precision=fp32 does not work with strategy=infinity", "bf16"]),
-    (["strategy=zero2", "persistence_threshold=10"], ["persistence_threshold=10", "stage 3", "strategy=zero2 is stage 2"]),
+    (["strategy=zero2", "persistence_threshold=10"],
+     ["persistence_threshold=10", "stage 3", "strategy=zero2 is stage 2"]),
     (["strategy=dp", "max_live=10"], ["max_live=10", "stage 3", "strategy=zero3 or infinity"]),
     (["config=/no/such.json"], ["no config file /no/such.json", "config="]),
-    (["strategy=infinity", "nvme_path=/no/such/disk"], ["nvme_path=/no/such/disk is no folder", "leave nvme_path= out"]),
+    (["strategy=infinity", "nvme_path=/no/such/disk"],
+     ["nvme_path=/no/such/disk is no folder", "leave nvme_path= out"]),
 ]
 
 
@@ -116,7 +119,8 @@ def test_config_file_that_is_no_json(tmp_path):
 @pytest.mark.parametrize("text", ["[1, 2]", "3", '"zero"'])
 def test_config_file_that_is_no_object(tmp_path, text):
     (tmp_path / "list.json").write_text(text)
-    agrees(refusal(f"config={tmp_path / 'list.json'}"), str(tmp_path / "list.json"), "JSON object", "3_zero_stage2/config.json")
+    agrees(refusal(f"config={tmp_path / 'list.json'}"), str(tmp_path / "list.json"), "JSON object",
+           "3_zero_stage2/config.json")
 
 
 def test_config_that_is_a_folder(tmp_path):
@@ -125,7 +129,8 @@ def test_config_that_is_a_folder(tmp_path):
 
 def test_texts_that_are_too_short_or_no_text(tmp_path):
     (tmp_path / "short.txt").write_text("three words only")
-    agrees(refusal(f"data={tmp_path / 'short.txt'}", "model=tiny"), "fewer than one window of 128", "shorter window")
+    agrees(refusal(f"data={tmp_path / 'short.txt'}", "model=tiny"), "fewer than one window of 128",
+           "shorter window")
     (tmp_path / "binary").write_bytes(bytes(range(256)))
     agrees(refusal(f"data={tmp_path / 'binary'}", "model=tiny"), "binary")
 
@@ -152,12 +157,14 @@ def test_a_compiler_that_nvme_needs(monkeypatch, tmp_path):
 def test_nvme_folder_that_cannot_be_written(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir(mode=0o500)
-    agrees(refusal("strategy=infinity", "model=tiny", f"nvme_path={folder}"), "cannot be written", f"{folder} is", "nvme_path=")
+    agrees(refusal("strategy=infinity", "model=tiny", f"nvme_path={folder}"), "cannot be written", f"{folder} is",
+           "nvme_path=")
 
 
 def test_nvme_folder_that_access_forbids(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "access", lambda path, mode: not str(path).startswith(str(tmp_path)))
-    agrees(refusal("strategy=infinity", "model=tiny", f"nvme_path={tmp_path}"), "cannot be written", f"{tmp_path} is", "nvme_path=")
+    agrees(refusal("strategy=infinity", "model=tiny", f"nvme_path={tmp_path}"), "cannot be written",
+           f"{tmp_path} is", "nvme_path=")
 
 
 def test_nvme_disk_that_is_too_small(monkeypatch, tmp_path):
@@ -170,9 +177,10 @@ def test_nvme_disk_that_is_too_small(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())            # checking writes nothing
 
 
-@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounting a small disk needs root on Linux")
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="to mount a disk needs root on Linux")
 def test_nvme_disk_of_a_megabyte(tmp_path):
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path]
+    if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("this machine does not allow mounts")
     try:
         agrees(refusal("strategy=infinity", "model=tiny", f"nvme_path={tmp_path}"), str(tmp_path), "0.00 GB free")
@@ -183,8 +191,8 @@ def test_nvme_disk_of_a_megabyte(tmp_path):
 def test_output_that_cannot_be_a_folder(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        agrees(refusal("model=tiny", f"output={folder}"), f"{folder} cannot be written", f"{tmp_path / 'file'} is no folder",
-               "output=")
+        agrees(refusal("model=tiny", f"output={folder}"), f"{folder} cannot be written",
+               f"{tmp_path / 'file'} is no folder", "output=")
 
 
 def test_output_that_cannot_be_written(monkeypatch, tmp_path):
@@ -194,7 +202,8 @@ def test_output_that_cannot_be_written(monkeypatch, tmp_path):
 
 def test_records_that_could_not_be_committed(tmp_path):
     agrees(refusal("record=../cpu2"), "record label '../cpu2'", "a-z")
-    agrees(refusal("record=cpu2", f"model={tmp_path}"), f"model={tmp_path} is a path of this machine", "record=cpu2")
+    agrees(refusal("record=cpu2", f"model={tmp_path}"), f"model={tmp_path} is a path of this machine",
+           "record=cpu2")
     agrees(refusal("record=cpu2", f"data={tmp_path}"), f"data={tmp_path}", "relative path")
 
 
@@ -205,13 +214,15 @@ def plan(*arguments):
 
 
 @pytest.mark.parametrize("arguments,triple", [
-    ([], (8, 4, 1)), (["global_batch=16"], (16, 4, 2)), (["global_batch=6"], (6, 3, 1)), (["micro_batch=2"], (4, 2, 1)),
+    ([], (8, 4, 1)), (["global_batch=16"], (16, 4, 2)), (["global_batch=6"], (6, 3, 1)),
+    (["micro_batch=2"], (4, 2, 1)),
     (["accumulation=3"], (24, 4, 3)), (["global_batch=12", "micro_batch=2"], (12, 2, 3)),
     (["global_batch=12", "accumulation=2"], (12, 3, 2)), (["micro_batch=2", "accumulation=2"], (8, 2, 2))])
 def test_the_batch_is_computed_and_explained(capsys, arguments, triple):
     made = plan(*arguments)
     assert (made.global_batch, made.micro_batch, made.accumulation) == triple
-    assert (f"batch: {triple[0]} sequences a step = {triple[1]} in each forward (micro_batch) x {triple[2]} forwards a step "
+    total, micro, times = triple
+    assert (f"batch: {total} sequences a step = {micro} in each forward (micro_batch) x {times} forwards a step "
             "(accumulation) x 2 ranks") in capsys.readouterr().err
     assert made.config["train_micro_batch_size_per_gpu"] == triple[1]
     assert made.config["gradient_accumulation_steps"] == triple[2]
@@ -221,17 +232,17 @@ def test_the_batch_is_computed_and_explained(capsys, arguments, triple):
 def test_settings_replace_keys_of_the_config_and_nothing_else():
     given = json.loads((cases.ROOT / "strategies/4_zero_stage3/config.json").read_text())
     assert plan("strategy=zero3").config == given
-    made = plan("strategy=zero3", "learning_rate=0.5", "gradient_clipping=0.25", "max_live=7", "max_reuse_distance=8",
-                "persistence_threshold=9", "sub_group_size=10", "reduce_bucket_size=11", "precision=bf16").config
+    made = plan("strategy=zero3", "learning_rate=0.5", "gradient_clipping=0.25", "max_live=7",
+                "max_reuse_distance=8", "persistence_threshold=9", "sub_group_size=10", "reduce_bucket_size=11", "precision=bf16").config
     given["optimizer"]["params"]["lr"], given["gradient_clipping"], given["bf16"]["enabled"] = 0.5, 0.25, True
-    given["zero_optimization"] |= {"stage3_max_live_parameters": 7, "stage3_max_reuse_distance": 8, "sub_group_size": 10,
-                                   "stage3_param_persistence_threshold": 9, "reduce_bucket_size": 11}
+    given["zero_optimization"] |= {"stage3_max_live_parameters": 7, "stage3_max_reuse_distance": 8,
+                                   "sub_group_size": 10, "stage3_param_persistence_threshold": 9, "reduce_bucket_size": 11}
     assert made == given
 
 
 @pytest.mark.parametrize("strategy,ops,compiled", [
-    ("dp", [], ["fused_adam"]), ("zero1", [], ["fused_adam"]), ("zero2", [], ["fused_adam"]), ("zero3", [], ["fused_adam"]),
-    ("offload", [], ["cpu_adam"]), ("infinity", ["async_io"], ["async_io", "cpu_adam"])])
+    ("dp", [], ["fused_adam"]), ("zero1", [], ["fused_adam"]), ("zero2", [], ["fused_adam"]),
+    ("zero3", [], ["fused_adam"]), ("offload", [], ["cpu_adam"]), ("infinity", ["async_io"], ["async_io", "cpu_adam"])])
 def test_only_nvme_needs_a_compiler_unless_asked(strategy, ops, compiled):
     assert plan(f"strategy={strategy}").ops == ops
     assert plan(f"strategy={strategy}", "cpp_ops=True").ops == compiled
@@ -245,30 +256,29 @@ def test_every_config_writes_out_what_changes_results():
     """Defaults that differ between releases, or that decide memory and traffic."""
     for strategy, folder in cases.FOLDERS.items():
         config = json.loads((cases.ROOT / "strategies" / folder / "config.json").read_text())
-        assert config["gradient_clipping"] == 1.0 and config["optimizer"]["params"].keys() >= {"lr", "betas", "eps", "weight_decay"}
+        assert config["gradient_clipping"] == 1.0
+        assert config["optimizer"]["params"].keys() >= {"lr", "betas", "eps", "weight_decay"}
         assert config["bf16"]["enabled"] is (strategy == "infinity") and config["fp16"]["enabled"] is False
         zero = config["zero_optimization"]
         stage = {"dp": 0, "zero1": 1, "zero2": 2, "offload": 2, "zero3": 3, "infinity": 3}[strategy]
         assert zero["stage"] == stage
-        assert stage == 0 or {"reduce_bucket_size", "reduce_scatter", "contiguous_gradients", "overlap_comm"} <= zero.keys()
+        assert stage == 0 or zero.keys() >= {"reduce_bucket_size", "reduce_scatter", "contiguous_gradients",
+                                             "overlap_comm"}
         assert stage < 3 or {"sub_group_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold",
                              "stage3_max_live_parameters", "stage3_max_reuse_distance"} <= zero.keys()
-        assert zero.get("offload_optimizer", {}).get("device") == {"offload": "cpu", "infinity": "nvme"}.get(strategy)
+        device = {"offload": "cpu", "infinity": "nvme"}.get(strategy)
+        assert zero.get("offload_optimizer", {}).get("device") == device
 
 
 # As users see it
-
-def program(*arguments, **environment):
-    return subprocess.run([sys.executable, cases.ROOT / "real_model_example.py", *arguments], capture_output=True, text=True,
-                          env={**os.environ, **environment}, timeout=120)
-
 
 @pytest.mark.parametrize("arguments,environment,parts", [
     (["stepz=2"], {}, ["real_model_example.py: unknown setting stepz=2", "Did you mean steps?"]),
     (["global_batch=7"], {}, ["global_batch=7"]),
     ([], {"RANKS": "abc"}, ["RANKS=abc"])], ids=["key", "batch", "ranks"])
 def test_as_a_command(tmp_path, arguments, environment, parts):
-    ended = program(f"output={tmp_path / 'run'}", *arguments, **environment)
+    ended = cases.command([sys.executable, "real_model_example.py", f"output={tmp_path / 'run'}", *arguments],
+                          **environment)
     assert ended.returncode == 1 and not ended.stdout and "Traceback" not in ended.stderr
     for part in parts:
         assert part in ended.stderr

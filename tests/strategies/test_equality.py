@@ -7,7 +7,7 @@ import pytest
 
 from tests.strategies import cases
 
-FIVE = cases.ORDER[:5]                                   # infinity computes in bf16 only: compared with ZeRO-3 below
+FIVE = cases.ORDER[:5]                # infinity computes in bf16 only: it is compared with ZeRO-3 below
 # the same 8 sequences a step however many ranks and micro-steps share them; buckets smaller than the model
 BASE = {"steps": 20, "global_batch": 8, "seq": 64, "learning_rate": 1e-3, "warmup_steps": 5, "seed": 3,
         "gradient_clipping": 1.0, "reduce_bucket_size": 100_000, "count": False, "precision": "fp32"}
@@ -15,7 +15,7 @@ AFTER = 3                                                # updates after which p
 
 
 def training(changes, environment=None):
-    """Ranks of the program itself. Each returns losses, gradients before the first update, parameters after AFTER."""
+    """Ranks of the program. Each returns losses, gradients before the first update, parameters after AFTER."""
     plan = cases.plan(**changes)
 
     def rank():
@@ -97,14 +97,15 @@ def apart(ours, theirs):
 
 @pytest.fixture(scope="module")
 def reference(server, models, tmp_path_factory):
-    """reference(parts=micro-batches of a step, ...) -> (losses, gradients, parameters) of one process; each is kept."""
+    """reference(parts=micro-batches of a step, ...) -> (losses, gradients, parameters) of one process; kept."""
     known = {}
 
     def of(parts=4, **changes):
         changes = {**BASE, "model": models["small"], "strategy": "dp", "accumulation": parts, **changes}
         key = json.dumps(changes, sort_keys=True)
         if key not in known:
-            known[key] = cases.launch(server, tmp_path_factory.mktemp("reference"), plain_training, changes, ranks=1).good()[0]
+            folder = tmp_path_factory.mktemp("reference")
+            known[key] = cases.launch(server, folder, plain_training, changes, ranks=1).good()[0]
         return known[key]
     return of
 
@@ -137,12 +138,13 @@ def test_other_numbers_of_ranks_and_micro_steps(launch, models, reference, strat
 @pytest.mark.timeout(1800)                               # the first time two ops are compiled
 @pytest.mark.parametrize("strategy", FIVE)
 def test_compiled_adams(launch, models, reference, compiled_adams, strategy):
-    ours = launch(training, {**BASE, "model": models["small"], "strategy": strategy, "accumulation": 2, "cpp_ops": True}).good()
+    ours = launch(training, {**BASE, "model": models["small"], "strategy": strategy, "accumulation": 2,
+                             "cpp_ops": True}).good()
     check(ours, reference(), loss=2e-5)
 
 
 def sgd_config(strategy, folder):
-    """The strategy's config.json with plain SGD in place of Adam, which divides a wrong scale of gradients out again."""
+    """The strategy's config.json with plain SGD; Adam divides a wrong scale of gradients out again."""
     path = cases.ROOT / "strategies" / cases.FOLDERS[strategy] / "config.json"
     config = json.loads(path.read_text())
     config["optimizer"] = {"type": "SGD", "params": {"lr": 0.5}}
@@ -175,7 +177,7 @@ def test_stage_0_is_data_parallelism_of_torch(launch, models):
 
 
 def swapping(changes):
-    """Ranks of infinity: (losses, bytes in this rank's files of weights and of states, predicted bytes of both)."""
+    """Ranks of infinity: (losses, bytes in this rank's files of weights and of states, those predicted)."""
     plan = cases.plan(**changes)
 
     def rank():
@@ -203,8 +205,8 @@ def swapping(changes):
 @pytest.mark.timeout(1800)                               # the first time async_io is compiled
 @pytest.mark.parametrize("steps,model", [(6, "wide"), pytest.param(20, "tiny", marks=pytest.mark.slow)])
 def test_infinity_is_zero3_with_the_optimizer_on_the_host(launch, models, tmp_path, async_io, steps, model):
-    base = {**BASE, "steps": steps, "seq": 32, "accumulation": 2, "precision": "bf16", "model": models.get(model, model),
-            "reduce_bucket_size": None}
+    base = {**BASE, "steps": steps, "seq": 32, "accumulation": 2, "precision": "bf16", "reduce_bucket_size": None,
+            "model": models.get(model, model)}
     config = json.loads((cases.ROOT / "strategies/4_zero_stage3/config.json").read_text())
     config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
     # sub-groups decide in which order the norm of the gradients is summed, and bf16 makes more of the last bit

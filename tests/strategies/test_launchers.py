@@ -31,7 +31,8 @@ def test_torchrun(models, tmp_path):
                            *cases.toy(models["small"], tmp_path / "run")])
     record = cases.record(ended, tmp_path / "run")
     assert record["machine"]["ranks"] == 2 and record["settings"]["strategy"] == "zero2"
-    assert ended.stdout.count("Held by each rank") == ended.stderr.count("zero2 on 2 CPU processes") == 1    # one rank speaks
+    assert ended.stdout.count("Held by each rank") == 1            # one rank speaks
+    assert ended.stderr.count("zero2 on 2 CPU processes") == 1
 
 
 @slow
@@ -62,7 +63,8 @@ def tree(folder):
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
     """A copy of the files that git has or would have, in a path with a space."""
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=cases.ROOT, capture_output=True, text=True)
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=cases.ROOT, capture_output=True,
+                            text=True)
     if listed.returncode:
         pytest.skip("this is no git checkout")
     folder = tmp_path_factory.mktemp("a checkout")
@@ -76,8 +78,8 @@ def checkout(tmp_path_factory):
 @slow
 def test_a_run_changes_no_tracked_file(checkout):
     before = tree(checkout)
-    ended = cases.command([sys.executable, "real_model_example.py", "strategy=dp", "model=tiny", "steps=2", "seq=16",
-                           "micro_batch=1", "eval_batches=1", "sample_tokens=2", "tensorboard=True"], cwd=checkout)
+    ended = cases.command([sys.executable, "real_model_example.py", "strategy=dp", "model=tiny", "steps=2",
+                           "seq=16", "micro_batch=1", "eval_batches=1", "sample_tokens=2", "tensorboard=True"], cwd=checkout)
     assert ended.returncode == 0, ended.stderr[-4000:]
     added = {path: digest for path, digest in tree(checkout).items() if before.get(path) != digest}
     assert all(path.startswith("runs/") for path in added), added
@@ -94,11 +96,11 @@ def test_a_run_changes_no_tracked_file(checkout):
 def test_record_writes_results(checkout):
     before = tree(checkout)
     cases.model_folder(checkout / "runs" / "small", **cases.SMALL)
-    ended = cases.command(["bash", "strategies/3_zero_stage2/run.sh", "record=cpu9", "model=runs/small", "steps=2", "seq=16",
-                           "eval_batches=0", "sample_tokens=0"], cwd=checkout)
+    ended = cases.command(["bash", "strategies/3_zero_stage2/run.sh", "record=cpu9", "model=runs/small", "steps=2",
+                           "seq=16", "eval_batches=0", "sample_tokens=0"], cwd=checkout)
     assert ended.returncode == 0, ended.stderr[-4000:]
-    added = {path for path, digest in tree(checkout).items() if before.get(path) != digest and not path.startswith("runs/")}
-    assert added == {"results/cpu9/strategies/3_zero_stage2.json"}
+    added = {path for path, digest in tree(checkout).items() if before.get(path) != digest}
+    assert {path for path in added if not path.startswith("runs/")} == {"results/cpu9/strategies/3_zero_stage2.json"}
     assert "record: results/cpu9/strategies/3_zero_stage2.json\n" in ended.stdout
     assert str(checkout) not in (checkout / "results/cpu9/strategies/3_zero_stage2.json").read_text()
 
@@ -106,7 +108,8 @@ def test_record_writes_results(checkout):
 @slow
 def test_ctrl_c_ends_every_rank(models, tmp_path):
     """A terminal sends SIGINT to the whole foreground group."""
-    words = ["bash", "strategies/1_data_parallel/run.sh", *cases.toy(models["small"], tmp_path / "run"), "steps=100000"]
+    words = ["bash", "strategies/1_data_parallel/run.sh", *cases.toy(models["small"], tmp_path / "run"),
+             "steps=100000"]
     with open(tmp_path / "log", "w+") as log:
         process = subprocess.Popen(words, cwd=cases.ROOT, env=cases.environment(), stdout=log, stderr=log,
                                    start_new_session=True)

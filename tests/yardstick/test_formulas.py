@@ -20,22 +20,24 @@ def on_meta(config, **options):
 
 def gpt2(shape, **options):
     from transformers import GPT2Config
-    return on_meta(GPT2Config(n_layer=shape.layers, n_embd=shape.hidden, n_head=shape.heads, vocab_size=shape.vocab,
-                              n_positions=shape.seq, n_inner=shape.ffn, tie_word_embeddings=shape.tied, resid_pdrop=0.0,
-                              embd_pdrop=0.0, attn_pdrop=0.0), **options)
+    return on_meta(GPT2Config(
+        n_layer=shape.layers, n_embd=shape.hidden, n_head=shape.heads, vocab_size=shape.vocab, n_positions=shape.seq,
+        n_inner=shape.ffn, tie_word_embeddings=shape.tied, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), **options)
 
 
 def llama(shape, **options):
     from transformers import LlamaConfig
-    return on_meta(LlamaConfig(num_hidden_layers=shape.layers, hidden_size=shape.hidden, num_attention_heads=shape.heads,
-                               num_key_value_heads=shape.kv_heads, vocab_size=shape.vocab, intermediate_size=shape.ffn,
-                               max_position_embeddings=shape.seq, tie_word_embeddings=shape.tied), **options)
+    return on_meta(LlamaConfig(
+        num_hidden_layers=shape.layers, hidden_size=shape.hidden, num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads, vocab_size=shape.vocab, intermediate_size=shape.ffn,
+        max_position_embeddings=shape.seq, tie_word_embeddings=shape.tied), **options)
 
 
 @pytest.mark.parametrize("shape", [*MODELS.values(), GPT], ids=[*MODELS, "odd"])
 def test_tensors_of_gpt2_in_their_order(shape):
-    assert [tuple(p.shape) for p in gpt2(shape).parameters()] == [dims for _, dims in formulas.tensor_shapes(shape)]
-    assert formulas.param_count(shape) == sum(p.numel() for p in gpt2(shape).parameters())
+    theirs = [tuple(p.shape) for p in gpt2(shape).parameters()]
+    assert theirs == [dims for _, dims in formulas.tensor_shapes(shape)]
+    assert formulas.param_count(shape) == sum(formulas.numel(dims) for dims in theirs)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -51,9 +53,10 @@ def test_tensors_of_llama_in_their_order(tied):
 def test_parameters_of_mixtral():
     from transformers import MixtralConfig
     shape = ModelShape(**{**vars(LLAMA), "experts": 4, "top_k": 2})
-    model = on_meta(MixtralConfig(num_hidden_layers=shape.layers, hidden_size=shape.hidden, num_attention_heads=shape.heads,
-                                  num_key_value_heads=shape.kv_heads, vocab_size=shape.vocab, intermediate_size=shape.ffn,
-                                  num_local_experts=shape.experts, num_experts_per_tok=shape.top_k))
+    model = on_meta(MixtralConfig(
+        num_hidden_layers=shape.layers, hidden_size=shape.hidden, num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads, vocab_size=shape.vocab, intermediate_size=shape.ffn,
+        num_local_experts=shape.experts, num_experts_per_tok=shape.top_k))
     assert formulas.param_count(shape) == sum(p.numel() for p in model.parameters())
 
 

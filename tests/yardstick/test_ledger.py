@@ -1,4 +1,4 @@
-"""The meters of bytes: storages counted once, under an owner, and nothing hidden; saved tensors counted while they live."""
+"""The meters of bytes: each storage counts once, under an owner; nothing is hidden; saved tensors while they live."""
 
 from types import SimpleNamespace
 
@@ -58,7 +58,8 @@ def hidden():
         assert ledger.held(one)[1] == []
         one.somewhere = [{"deep": torch.zeros(1000, dtype=torch.float16)}]
         view = torch.zeros(300)[5:7]                     # the storage behind a view counts, not the view
-        assert sorted((nbytes, dtype) for _, dtype, nbytes in ledger.held(one)[1]) == [(1200, "float32"), (2000, "float16")]
+        unnamed = sorted((nbytes, dtype) for _, dtype, nbytes in ledger.held(one)[1])
+        assert unnamed == [(1200, "float32"), (2000, "float16")]
         del view, one.somewhere
         assert ledger.held(one)[1] == []
     return rank
@@ -102,8 +103,6 @@ def saved():
         first, second = torch.nn.Linear(8, 16, bias=False), torch.nn.Linear(16, 4, bias=False)
         module = torch.nn.Sequential(first, second)
         x = torch.randn(3, 8)
-        with SavedTensors(module) as _:
-            pass
         watch = SavedTensors(module)
         with watch:
             module(x).sum()                              # the input of each layer; weights are parameters

@@ -1,4 +1,4 @@
-"""The cache of C++ ops: who builds, who waits, what a killed build leaves, and what to install. Nothing is compiled."""
+"""The cache of C++ ops: who builds, who waits, what a killed build leaves, what to install; none is compiled."""
 
 import os
 import signal
@@ -98,7 +98,8 @@ def test_a_lock_left_by_a_killed_build_is_named_and_removed(cache):
 
 
 def start_builder(cache, seconds):
-    builder = subprocess.Popen([sys.executable, "-c", BUILDER, str(cache.path), str(seconds)], stdout=subprocess.PIPE, text=True)
+    builder = subprocess.Popen([sys.executable, "-c", BUILDER, str(cache.path), str(seconds)],
+                               stdout=subprocess.PIPE, text=True)
     assert builder.stdout.readline() == "building\n"
     return builder
 
@@ -214,6 +215,6 @@ def test_the_cache_is_one_machines_and_one_releases():
 
 def test_the_command(tmp_path):
     environment = {**os.environ, "CXX": "/no/such/compiler"}
-    ended = subprocess.run([sys.executable, "-m", "yardstick.op_cache", "no_such_op"], cwd=op_cache.ROOT, env=environment,
-                           capture_output=True, text=True)
+    ended = subprocess.run([sys.executable, "-m", "yardstick.op_cache", "no_such_op"], cwd=op_cache.ROOT,
+                           env=environment, capture_output=True, text=True)
     assert ended.returncode == 1 and ended.stderr.startswith("op_cache: no such op: no_such_op")

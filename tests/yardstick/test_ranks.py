@@ -11,7 +11,7 @@ import pytest
 
 from yardstick import op_cache, ranks
 
-# Each maker runs in a fresh process; the function that it returns is what every rank runs (tests/strategies/cases.py).
+# A maker runs in a fresh process; the function that it returns is what each rank runs (tests/strategies/cases.py).
 
 
 def join(seconds=60):
@@ -32,7 +32,8 @@ def groups():
 @pytest.mark.parametrize("count", [1, 3])
 def test_ranks_join_one_group(launch, count):
     out = launch(groups, ranks=count)
-    assert out.good() == [(ranks.Rank(rank, count, rank, "cpu"), int("1" * count), 1, str(count)) for rank in range(count)]
+    assert out.good() == [(ranks.Rank(rank, count, rank, "cpu"), int("1" * count), 1, str(count))
+                          for rank in range(count)]
     assert not out.good()[0][0].gpu
 
 
@@ -83,7 +84,8 @@ def killed_in_a_collective():
 def test_a_rank_killed_in_the_middle_of_an_all_reduce(launch, count):
     out = launch(killed_in_a_collective, ranks=count, seconds=60)
     assert out.code == 128 + signal.SIGKILL and out.seconds < 30
-    assert f"rank 1 of {count} was ended by SIGKILL; ending the other {'rank' if count == 2 else 'ranks'}\n" in out.log
+    others = "rank" if count == 2 else "ranks"
+    assert f"rank 1 of {count} was ended by SIGKILL; ending the other {others}\n" in out.log
     assert "[rank 0/" in out.log                                   # gloo told the survivors
 
 
@@ -180,7 +182,7 @@ def test_the_path_of_matrix_products_is_chosen_once_for_all_ranks(launch, tmp_pa
     (word, again, setting, _), = {result[:3] + (None,) for result in results}
     assert word == again == setting and word in ("highest", "medium")
     assert [file.read_text() for file in tmp_path.iterdir() if file.is_file()] == [word]
-    assert max(error for *_, error in results) < 1e-3           # sums of 512 products of about 1: bf16 would be off by 1e-1
+    assert max(error for *_, error in results) < 1e-3           # sums of 512 products of about 1; in bf16 1e-1
     other = {"highest": "medium", "medium": "highest"}[word]
     for file in tmp_path.iterdir():
         if file.is_file():
@@ -190,7 +192,8 @@ def test_the_path_of_matrix_products_is_chosen_once_for_all_ranks(launch, tmp_pa
 
 def environment(count):
     def rank():
-        return {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "STARTED_BY")}
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "STARTED_BY")
+        return {name: os.environ.get(name) for name in names}
     return rank
 
 

@@ -4,8 +4,8 @@ import pytest
 
 from yardstick.settings import Choice, Either, SettingsError, defaults, nearest, override
 
-CONFIG = {"steps": 20, "rate": 1e-3, "fast": False, "name": "tiny", "batch": Either(int), "share": Either(float, 0.5),
-          "label": Either(str), "strategy": Choice("zero2", "dp", "zero1")}
+CONFIG = {"steps": 20, "rate": 1e-3, "fast": False, "name": "tiny", "batch": Either(int),
+          "share": Either(float, 0.5), "label": Either(str), "strategy": Choice("zero2", "dp", "zero1")}
 
 
 def given(*arguments):
@@ -25,8 +25,8 @@ def test_defaults_are_plain_values():
 
 
 @pytest.mark.parametrize("argument,value", [
-    ("steps=5", 5), ("steps=1_000", 1000), ("steps=-1", -1), ("rate=2", 2.0), ("rate=3e-4", 3e-4), ("fast=True", True),
-    ("fast=true", True), ("fast=1", True), ("fast=no", False), ("name=a=b", "a=b"), ("name=", ""), ("batch=8", 8),
+    ("steps=5", 5), ("steps=1_000", 1000), ("steps=-1", -1), ("rate=2", 2.0), ("rate=3e-4", 3e-4),
+    ("fast=True", True), ("fast=true", True), ("fast=1", True), ("fast=no", False), ("name=a=b", "a=b"), ("name=", ""), ("batch=8", 8),
     ("batch=None", None), ("batch=none", None), ("share=", None), ("share=0.25", 0.25), ("label=cpu2", "cpu2"),
     ("strategy=dp", "dp"), ("--steps=5", 5)])
 def test_a_value_has_the_type_of_its_default(argument, value):

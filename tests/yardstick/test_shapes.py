@@ -25,7 +25,8 @@ def test_widths_that_follow():
 
 
 @pytest.mark.parametrize("change,message", [
-    ({"dp": 0}, "dp=0"), ({"micro_batch": 0}, "micro_batch=0"), ({"zero": 4}, "zero=4"), ({"ep": 3}, "ep=3 does not divide")])
+    ({"dp": 0}, "dp=0"), ({"micro_batch": 0}, "micro_batch=0"), ({"zero": 4}, "zero=4"),
+    ({"ep": 3}, "ep=3 does not divide")])
 def test_layouts_that_cannot_be(change, message):
     with pytest.raises(ValueError, match=message):
         Layout(**{"dp": 4, "cp": 2, **change})
@@ -42,7 +43,7 @@ def test_shapes_are_values():
 
 
 def test_tiny_is_large_enough_for_every_strategy():
-    """On two ranks the share of its matrices of the MLP is the MiB in bf16 from which DeepSpeed moves weights to NVMe."""
+    """On two ranks the shares of its MLP's matrices are the MiB in bf16 from which DeepSpeed uses files."""
     tiny = MODELS["tiny"]
     assert tiny.hidden >= 512 and tiny.hidden * tiny.ffn_width * MIXED.parameter // 2 >= 2**20
 
