@@ -128,7 +128,8 @@ def environment(**changes):
 
 def command(words, cwd=ROOT, seconds=300, **changes):
     """Run a command as a user types it."""
-    return subprocess.run(words, cwd=cwd, env=environment(**changes), timeout=seconds, capture_output=True, text=True)
+    return subprocess.run(words, cwd=cwd, env=environment(**changes), timeout=seconds, capture_output=True,
+                          text=True)
 
 
 def toy(model, output):

@@ -23,7 +23,7 @@ def cpu(monkeypatch, tmp_path):
     """Two CPU ranks, whatever the machine and the caller's environment; starting one is an error of the test."""
     for name in (*cases.OF_LAUNCHERS, "CXX"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in {"DS_ACCELERATOR": "cpu", "RANKS": "2", "HF_HUB_OFFLINE": "1", "DS_LOG_LEVEL": "error"}.items():
+    for name, value in (("DS_ACCELERATOR", "cpu"), ("RANKS", "2"), ("HF_HUB_OFFLINE", "1")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(ranks, "start", lambda *_, **__: pytest.fail("ranks were started"))
     monkeypatch.setattr(op_cache, "prepare", lambda ops, say: None)
@@ -233,19 +233,32 @@ def test_settings_replace_keys_of_the_config_and_nothing_else():
     given = json.loads((cases.ROOT / "strategies/4_zero_stage3/config.json").read_text())
     assert plan("strategy=zero3").config == given
     made = plan("strategy=zero3", "learning_rate=0.5", "gradient_clipping=0.25", "max_live=7",
-                "max_reuse_distance=8", "persistence_threshold=9", "sub_group_size=10", "reduce_bucket_size=11", "precision=bf16").config
+                "max_reuse_distance=8", "persistence_threshold=9", "sub_group_size=10",
+                "reduce_bucket_size=11", "precision=bf16").config
     given["optimizer"]["params"]["lr"], given["gradient_clipping"], given["bf16"]["enabled"] = 0.5, 0.25, True
     given["zero_optimization"] |= {"stage3_max_live_parameters": 7, "stage3_max_reuse_distance": 8,
-                                   "sub_group_size": 10, "stage3_param_persistence_threshold": 9, "reduce_bucket_size": 11}
+                                   "sub_group_size": 10, "stage3_param_persistence_threshold": 9,
+                                   "reduce_bucket_size": 11}
     assert made == given
 
 
 @pytest.mark.parametrize("strategy,ops,compiled", [
     ("dp", [], ["fused_adam"]), ("zero1", [], ["fused_adam"]), ("zero2", [], ["fused_adam"]),
-    ("zero3", [], ["fused_adam"]), ("offload", [], ["cpu_adam"]), ("infinity", ["async_io"], ["async_io", "cpu_adam"])])
+    ("zero3", [], ["fused_adam"]), ("offload", [], ["cpu_adam"]),
+    ("infinity", ["async_io"], ["async_io", "cpu_adam"])])
 def test_only_nvme_needs_a_compiler_unless_asked(strategy, ops, compiled):
     assert plan(f"strategy={strategy}").ops == ops
     assert plan(f"strategy={strategy}", "cpp_ops=True").ops == compiled
+
+
+@pytest.mark.parametrize("schedule,middle", [("cosine", 0.55), ("linear", 0.55), ("constant", 1.0)])
+def test_the_learning_rate_rises_and_falls_to_a_tenth(schedule, middle):
+    factor = real_model_example.learning_rate_factor(cases.settings(schedule=schedule, warmup_steps=4, steps=24))
+    assert [factor(step) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factor(14) == pytest.approx(middle) and factor(24) == pytest.approx(1.0 if schedule == "constant" else 0.1)
+    falling = [factor(step) for step in range(4, 25)]
+    assert falling == sorted(falling, reverse=True)
+    assert real_model_example.learning_rate_factor(cases.settings(warmup_steps=0, steps=1))(0) == 1.0
 
 
 def test_an_optimizer_other_than_adam_compiles_nothing():

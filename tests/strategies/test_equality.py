@@ -11,6 +11,7 @@ FIVE = cases.ORDER[:5]                # infinity computes in bf16 only: it is co
 # the same 8 sequences a step however many ranks and micro-steps share them; buckets smaller than the model
 BASE = {"steps": 20, "global_batch": 8, "seq": 64, "learning_rate": 1e-3, "warmup_steps": 5, "seed": 3,
         "gradient_clipping": 1.0, "reduce_bucket_size": 100_000, "count": False, "precision": "fp32"}
+RATE = 0.5                                               # of plain SGD: parameters move visibly
 AFTER = 3                                                # updates after which parameters are compared
 
 
@@ -147,20 +148,26 @@ def sgd_config(strategy, folder):
     """The strategy's config.json with plain SGD; Adam divides a wrong scale of gradients out again."""
     path = cases.ROOT / "strategies" / cases.FOLDERS[strategy] / "config.json"
     config = json.loads(path.read_text())
-    config["optimizer"] = {"type": "SGD", "params": {"lr": 0.5}}
+    config["optimizer"] = {"type": "SGD", "params": {"lr": RATE}}
     config["zero_allow_untested_optimizer"] = True
     (folder / "sgd.json").write_text(json.dumps(config))
     return str(folder / "sgd.json")
 
 
+@pytest.fixture(scope="module")
+def sgd(tmp_path_factory):
+    """The reference's config file; always the same one, so that its runs are kept."""
+    return sgd_config("dp", tmp_path_factory.mktemp("sgd"))
+
+
 @pytest.mark.parametrize("clipping", [0.0, 0.5], ids=["whole", "clipped"])
 @pytest.mark.parametrize("strategy", FIVE)
-def test_parameters_after_plain_sgd(launch, models, reference, tmp_path, strategy, clipping):
+def test_parameters_after_plain_sgd(launch, models, reference, sgd, tmp_path, strategy, clipping):
     changes = {"steps": AFTER + 1, "gradient_clipping": clipping, "schedule": "constant", "warmup_steps": 0}
-    sgd = {**BASE, **changes, "model": models["small"], "config": sgd_config(strategy, tmp_path)}
-    ours = launch(training, {**sgd, "strategy": strategy, "accumulation": 2}).good()
-    _, gradients, parameters = reference(**changes, config=sgd_config("dp", tmp_path))
-    _, _, before = launch(training, {**sgd, "strategy": strategy, "learning_rate": 0.0}).good()[0]
+    ours = launch(training, {**BASE, **changes, "model": models["small"], "strategy": strategy, "accumulation": 2,
+                             "learning_rate": RATE, "config": sgd_config(strategy, tmp_path)}).good()
+    _, gradients, parameters = reference(**changes, learning_rate=RATE, config=sgd)
+    _, _, before = reference(**changes, learning_rate=0.0, config=sgd)
     assert apart(parameters, before) > 0.01, "the parameters hardly move: their equality says little"
     for _, mine, after in ours:
         assert apart(mine, gradients) <= 1e-6
@@ -196,7 +203,7 @@ def swapping(changes):
                     sizes[name] = sum(file.stat().st_size for file in files)
         losses = train(plan, look, finish=False)["loss"]
         files = [item for item in deepspeed_memory.memory(plan.tensors, plan.config, ranks=plan.world, rank=number,
-                                                            accumulation=plan.accumulation) if item.place == "nvme"]
+                                                          accumulation=plan.accumulation) if item.place == "nvme"]
         weights = sum(item.nbytes for item in files if item.kind == "parameter")
         return losses, sizes, {"bfloat16params": weights, "optimizer": sum(i.nbytes for i in files) - weights}
     return rank

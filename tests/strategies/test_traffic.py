@@ -21,7 +21,7 @@ def expected(count, first=False):
 
 
 def sent(count, column="payload_bytes"):
-    """{(kind, phase): payload bytes, or calls} counted in one step, the program's own mean of the loss left out."""
+    """{(kind, phase): payload bytes, or calls} counted in one step, without the program's own mean of the loss."""
     return {(row["kind"], row["phase"]): row[column] for row in count.traffic if not row["what"]}
 
 
@@ -79,7 +79,7 @@ def test_three_ranks_of_an_odd_model(counted, strategy, precision, accumulation)
 
 @pytest.mark.parametrize("strategy,weights", [("dp", 2), ("zero1", 3), ("zero2", 5), ("offload", 5), ("zero3", 4)])
 def test_how_many_times_the_weights_are_sent(counted, strategy, weights):
-    """In P, with two micro-steps: 2; 2 and a gather; 2 for each and a gather; 2 for each (the paper's 3: below)."""
+    """In P, with two micro-steps: 2; 2 and a gather; 2 for each and a gather; 2 for each."""
     count = counted(strategy, precision="fp32", accumulation=2)[0]
     assert in_P(count) == pytest.approx(weights, rel=0.02)         # persistent and padded tensors, norms
 
@@ -106,7 +106,7 @@ def test_limits_inside_the_models_size_stay_below_the_bound(counted):
         once = payload["all_gather", "forward"] - 4 * sum(-(-n // 2) * 2 for n in count.tensors.reused)
         assert once <= real["all_gather", "forward"] <= payload["all_gather", "forward"]
         assert 0 < real["all_gather", "backward"] <= payload["all_gather", "backward"]
-        assert sum(real[k] for k in gathers) < sum(payload[k] for k in gathers), "nothing stayed, nothing is tested"
+        assert sum(real[k] for k in gathers) < sum(payload[k] for k in gathers), "no weight stayed: nothing tested"
 
 
 @pytest.mark.parametrize("strategy", cases.ORDER[:4])

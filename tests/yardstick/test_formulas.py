@@ -21,8 +21,9 @@ def on_meta(config, **options):
 def gpt2(shape, **options):
     from transformers import GPT2Config
     return on_meta(GPT2Config(
-        n_layer=shape.layers, n_embd=shape.hidden, n_head=shape.heads, vocab_size=shape.vocab, n_positions=shape.seq,
-        n_inner=shape.ffn, tie_word_embeddings=shape.tied, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), **options)
+        n_layer=shape.layers, n_embd=shape.hidden, n_head=shape.heads, vocab_size=shape.vocab,
+        n_positions=shape.seq, n_inner=shape.ffn, tie_word_embeddings=shape.tied, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0), **options)
 
 
 def llama(shape, **options):

@@ -1,4 +1,4 @@
-"""The meters of bytes: each storage counts once, under an owner; nothing is hidden; saved tensors while they live."""
+"""The meters of bytes: each storage once, under an owner, and none hidden; saved tensors while they live."""
 
 from types import SimpleNamespace
 
