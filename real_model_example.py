@@ -48,8 +48,8 @@ CONFIG = {
     "tokenizer": Either(str),             # folder or hub name; None: the embedded one, or the pretrained model's
     # DeepSpeed, where other than the config's; elements, not bytes
     "reduce_bucket_size": Either(int),    # gradients reduced at once
-    "max_live": Either(int),              # stage 3: gathered weights held at once
-    "max_reuse_distance": Either(int),    # stage 3: weights needed again within this stay gathered; 0: none do
+    "max_live": Either(int),              # stage 3: weights are not prefetched beyond so many gathered ones
+    "max_reuse_distance": Either(int),    # stage 3: weights needed again within this stay gathered; with max_live=0, 0: none
     "persistence_threshold": Either(int), # stage 3: tensors up to this stay whole on every rank
     "sub_group_size": Either(int),        # stage 3: weights that the optimizer steps at once
     "nvme_path": Either(str),             # infinity: folder on the fast disk; None: the run's own folder

@@ -52,12 +52,14 @@ def check(settings):
 
     Builds DeepSpeed's C++ ops and tokenizes the data where that has not been done on this machine.
     """
-    for key, least in (("steps", 1), ("warmup_steps", 0), ("eval_batches", 0), ("sample_tokens", 0)):
-        if settings[key] < least:
-            raise SettingsError(f"{key}={settings[key]} must be at least {least}.")
+    check_ranges(settings)
+    check_launcher()
     if settings["compile"] and not shutil.which(os.environ.get("CXX") or "c++") and not ranks.gpu_count():
         raise SettingsError("compile=True needs a C++ compiler on a CPU, and none is on PATH. Install one (Debian, Ubuntu: "
                             "apt-get install g++), or leave compile= out.")
+    if settings["compile"] and not ranks.gpu_count() and " " in sys.prefix:
+        raise SettingsError(f"compile=True: torch's compiler for CPUs does not work where the path of torch has a space ({sys.prefix}). "
+                            "Move the checkout, or leave compile= out.")
     check_record(settings)
     config = effective.read(settings["strategy"], settings["config"])
     try:
@@ -89,12 +91,11 @@ def check(settings):
         notes.append(corpus.note)
     tensors = models.tensors_of(model_config)
     folder = folder_of(settings)
-    nvme = Path(settings["nvme_path"]).resolve() if settings["nvme_path"] else folder / "nvme"
+    nvme = Path(settings["nvme_path"]).resolve() if settings["nvme_path"] else folder
     if settings["nvme_path"] and not nvme.is_dir():
         raise SettingsError(f"nvme_path={settings['nvme_path']} is no folder. Make it, on the disk that is to hold the "
                             "swap files, or leave nvme_path= out.")
-    if settings["nvme_path"]:
-        nvme = nvme / folder.name                            # DeepSpeed empties it: two runs must not share it
+    nvme = nvme / f"swap-{stamp()}"                          # DeepSpeed empties it: no two runs may share it
     config = effective.effective(settings, config, micro=micro, accumulation=times, precision=precision, nvme_path=nvme,
                                  largest_share=-(-max(tensors.numels) // world))
     ops = effective.ops_of(config)
@@ -111,14 +112,50 @@ def check(settings):
     for note in notes:
         say(f"note: {note}")
     return Plan(settings, config, ops, world, gpu, precision, total, micro, times, seq, corpus, model_config, tensors,
-                shape, folder, "strategies/" + effective.FOLDERS[settings["strategy"]], command_of(settings), notes,
+                shape, folder, "strategies/" + effective.FOLDERS[settings["strategy"]], command_of(settings, world), notes,
                 nvme if "async_io" in ops else None)
 
 
-def command_of(settings):
+RANGES = {                       # least and largest value
+    "steps": (1, 10**9), "warmup_steps": (0, 10**9), "eval_batches": (0, 10**6), "sample_tokens": (0, 10**6),
+    "learning_rate": (0.0, 1e3), "gradient_clipping": (0.0, 1e9), "seed": (0, 2**32 - 1), "timeout_seconds": (1.0, 1e6),
+    "reduce_bucket_size": (1, 10**12), "max_live": (0, 10**15), "max_reuse_distance": (0, 10**15),
+    "persistence_threshold": (0, 10**15), "sub_group_size": (1, 10**15)}
+
+
+def check_ranges(settings):
+    """Refuse numbers that DeepSpeed or torch would refuse on the ranks, or take and make nothing of."""
+    for key, (least, largest) in RANGES.items():
+        value = settings[key]
+        if value is None or least <= value <= largest:
+            continue
+        rule = f"be at least {least:g}" if value < least else f"be at most {largest:g}" if value > largest else "be a number"
+        raise SettingsError(f"{key}={value} must {rule}. Give {key}={least:g}, for example, or leave it out.")
+
+
+def check_launcher():
+    """Refuse an environment in which a launcher, or a hand, has set only part of what a rank needs."""
+    if not ranks.is_rank():
+        return
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        if key in os.environ and not os.environ[key].isdecimal():
+            raise SettingsError(f"{key}={os.environ[key]} in the environment is no number. torchrun and deepspeed set it; unset it "
+                                "to let this program start its ranks itself.")
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank >= world:
+        raise SettingsError(f"RANK={rank} must be less than WORLD_SIZE={world}. Unset both to let this program start its ranks "
+                            "itself, or use torchrun.")
+    missing = [key for key in ("MASTER_ADDR", "MASTER_PORT") if world > 1 and key not in os.environ]
+    if missing:
+        raise SettingsError(f"RANK={rank} and WORLD_SIZE={world} are set, and {' and '.join(missing)} not: ranks cannot find each "
+                            "other. Set what is missing, use torchrun, or unset RANK to let this program start its ranks.")
+
+
+def command_of(settings, world):
     """The command that repeats this run, with no path of this machine: run.sh and what differs from its defaults."""
     words = [a for a in sys.argv[1:] if "=" in a and not a.startswith(("--", "strategy=", "output=", "nvme_path="))]
-    ranks_given = f"RANKS={os.environ['RANKS']} " if os.environ.get("RANKS") else ""
+    given = os.environ.get("RANKS") or ranks.is_rank()       # a launcher chose their number in its own words
+    ranks_given = f"RANKS={world} " if given else ""
     return ranks_given + shlex.join(["bash", f"strategies/{effective.FOLDERS[settings['strategy']]}/run.sh", *words])
 
 
@@ -140,12 +177,16 @@ def folder_of(settings):
     """The run's own folder, absolute; made when something is written. The same for all ranks of a launcher."""
     if settings["output"]:
         return check_writable(Path(settings["output"]).resolve(), "output=")
+    return check_writable(ROOT / "runs" / "strategies" / effective.FOLDERS[settings["strategy"]] / stamp(), "output=")
+
+
+def stamp():
+    """A name for this run that no other has: when and as which process it was started."""
     import psutil
     # ranks of one launcher agree on the name without a word: they have the same parent
     pid = os.getppid() if ranks.is_rank() else os.getpid()
     started = time.strftime("%Y%m%d-%H%M%S", time.localtime(psutil.Process(pid).create_time()))
-    stamp = os.environ.setdefault("RUN_STAMP", f"{started}-{pid}")
-    return check_writable(ROOT / "runs" / "strategies" / effective.FOLDERS[settings["strategy"]] / stamp, "output=")
+    return os.environ.setdefault("RUN_STAMP", f"{started}-{pid}")
 
 
 def check_writable(folder, key):

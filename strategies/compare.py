@@ -61,6 +61,9 @@ def main():
     if settings["draw"]:
         return draw(records_of(settings["draw"]), settings["commit"])
     from yardstick import ranks
+    if ranks.is_rank() and "COMPARE_CASE" not in os.environ:
+        raise SettingsError("RANK is set: a launcher started this program. Start it as python strategies/compare.py; it "
+                            "starts the ranks of each run itself.")
     if ranks.is_rank():                   # on a GPU each rank is this program again
         return train(plan_of(*os.environ["COMPARE_CASE"].split(), settings))
     cases = [case for case in CASES if settings["precision"] in ("both", case[1])]
@@ -109,8 +112,13 @@ def train(plan):
 
 def records_of(label):
     """{(strategy, precision): record} of the committed comparison on one machine."""
-    return {case: results.read("strategies/compare/{}_{}".format(*case), label) for case in CASES
-            if (results.ROOT / "results" / label / "strategies" / "compare" / "{}_{}.json".format(*case)).exists()}
+    results.check_label(label)
+    found = {case: results.ROOT / "results" / label / "strategies" / "compare" / "{}_{}.json".format(*case) for case in CASES}
+    found = {case: path for case, path in found.items() if path.exists()}
+    if not found:
+        raise SettingsError(f"results/{label}/strategies/compare/ has no records. Write them by python strategies/compare.py "
+                            f"record={label}.")
+    return {case: results.read("strategies/compare/{}_{}".format(*case), label) for case in found}
 
 
 def table(records):
@@ -133,7 +141,7 @@ def table(records):
             unit = record["details"]["traffic"]["weights_bytes"] * (1 - 1 / record["machine"]["ranks"])
             cells = [_mb(got.get(f"{key}_bytes", 0)) for key in ("parameter", "gradient", "master", "optimizer", "buffer",
                                                                  "device", "host", "nvme")]
-            cells += [_mb(sum(memory["paper"].values())), f"{got['ring_bytes'] / unit:.2f}",
+            cells += [_mb(sum(memory["paper"].values())), f"{got['ring_bytes'] / unit:.2f}" if unit else "-",
                       f"{1e3 * got['step_seconds_median']:.0f}", f"{got['loss_nats']:.6f}"]
             lines.append(f"| {strategy} | " + " | ".join(cells) + " |")
         lines += ["", _agreement(rows, precision), ""]
@@ -174,8 +182,9 @@ def draw(records, commit):
     figures.memory_bars(place("memory"), *({s: m[name] for s, m in memory.items()} for name in ("measured", "predicted", "paper")),
                         title=f"Memory of one rank after backward ({facts})")
     unit = anyone["details"]["traffic"]["weights_bytes"] * (1 - 1 / anyone["machine"]["ranks"])
-    figures.traffic_bars(place("traffic"), *({s: t[name] for s, t in sent.items()} for name in ("measured", "predicted")),
-                         P=unit, title=f"Sent by one rank in a step ({facts})")
+    if unit:
+        figures.traffic_bars(place("traffic"), *({s: t[name] for s, t in sent.items()} for name in ("measured", "predicted")),
+                             P=unit, title=f"Sent by one rank in a step ({facts})")
     curves = {s: r["details"]["loss"] for (s, p), r in records.items() if p == "fp32"} or {
         s: r["details"]["loss"] for s, r in chosen.items()}
     figures.curves(place("loss"), curves, title="Training loss (" + facts.replace(memory_of, "fp32" if ("dp", "fp32") in records
@@ -192,7 +201,7 @@ def draw(records, commit):
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except SettingsError as error:
+    except (SettingsError, ValueError, FileNotFoundError) as error:
         sys.exit(f"compare.py: {error}")
     except ModuleNotFoundError as error:
         sys.exit(f"compare.py: this Python ({sys.executable}) has no module {error.name}. Start by strategies/3_zero_stage2/run.sh, which "

@@ -6,6 +6,7 @@ from pathlib import Path
 from yardstick.settings import SettingsError
 
 HERE = Path(__file__).resolve().parent
+STAGES = {"dp": 0, "zero1": 1, "zero2": 2, "zero3": 3, "offload": 2, "infinity": 3}
 FOLDERS = {"dp": "1_data_parallel", "zero1": "2_zero_stage1", "zero2": "3_zero_stage2", "zero3": "4_zero_stage3",
            "offload": "5_zero_offload", "infinity": "6_zero_infinity"}
 
@@ -26,7 +27,24 @@ def read(strategy, path=None):
     if not isinstance(config, dict):
         raise SettingsError(f"{path} holds no config: it must be a JSON object, {{...}}. Begin with a copy of "
                             f"strategies/{FOLDERS[strategy]}/config.json.")
+    _check(config, strategy, path)
     return config
+
+
+def _check(config, strategy, path):
+    """Refuse a config whose parts have the wrong form, or whose stage is another strategy's."""
+    for key in ("bf16", "fp16", "optimizer", "zero_optimization"):
+        if not isinstance(config.get(key, {}), dict):
+            raise SettingsError(f"{path}: \"{key}\" is {json.dumps(config[key])} and must be a section, {{...}}.")
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        value = config.get(key, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise SettingsError(f"{path}: \"{key}\" is {json.dumps(value)} and must be a whole number, 1 or more.")
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage != STAGES[strategy]:
+        fitting = [name for name, number in STAGES.items() if number == stage]
+        raise SettingsError(f"{path} is ZeRO stage {json.dumps(stage)} and strategy={strategy} is stage {STAGES[strategy]}. "
+                            + (f"Give strategy={' or '.join(fitting)}." if fitting else "The stages are 0, 1, 2 and 3."))
 
 
 def batch_triple(settings, config, world):

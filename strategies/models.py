@@ -100,6 +100,8 @@ def sample(engine, plan, prompt="def ", temperature=0.8):
         for _ in range(plan.settings["sample_tokens"]):
             window = torch.tensor([ids[-plan.seq:]], device=engine.device)
             logits_V = engine(input_ids=window).logits[0, -1, :plan.corpus.vocab].float().cpu()
+            if not torch.isfinite(logits_V).all():           # the run diverged: there is nothing to draw from
+                break
             ids.append(torch.multinomial(torch.softmax(logits_V / temperature, -1), 1, generator=generator).item())
     engine.train()
     return plan.corpus.decode(ids)

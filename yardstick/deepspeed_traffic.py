@@ -21,6 +21,7 @@ class Collective:
                            # the bucket is cut
     payload_bytes: int
     why: str
+    exact: bool = True     # False: payload_bytes is an upper bound
 
 
 def buckets(numels, size):
@@ -60,8 +61,10 @@ def traffic(tensors, config, *, ranks, accumulation=1, first=False):
         times = accumulation if stage == 2 else 1
         order = tensors.numels if stage == 1 else tensors.numels[::-1]
         calls = times * len(buckets(order, size)) if max(tensors.numels) <= size else None
-        rows.append(Collective("all_reduce", "backward", calls, times * s * n,
-                               "gradients, whole buckets to every rank"
+        # without it each owner's part of a bucket is reduced to that owner
+        whole = zero.get("use_multi_rank_bucket_allreduce", True) or not zero.get("reduce_scatter", True)
+        rows.append(Collective("all_reduce" if whole else "reduce", "backward", calls if whole else None, times * s * n,
+                               ("gradients, whole buckets to every rank" if whole else "gradients, each part to its owner")
                                + (", at each micro-step" if stage == 2 else ", at the last micro-step")))
         rows.append(Collective("all_gather", "step", 1, s * partition_bounds(tensors, ranks, 0)[2], "updated weights"))
         rows.append(Collective("all_reduce", "step", 1, 4, "norm of the gradients"))
@@ -75,14 +78,15 @@ def traffic(tensors, config, *, ranks, accumulation=1, first=False):
 def stage3_keeps(tensors, zero):
     """"all" when gathered parameters stay until the end of backward, "none" when each is freed after use, else "some".
 
-    runtime/zero/partitioned_param_coordinator.py: a parameter is kept when its next use lies within
-    max_reuse_distance elements; from the first layer's forward to its backward that is twice the model.
+    runtime/zero/partitioned_param_coordinator.py: a parameter is kept when its next use lies within max_reuse_distance
+    elements (from the first layer's forward to its backward that is twice the model), or when prefetching has already
+    looked past that use; max_live_parameters limits prefetching alone.
     """
-    live = zero.get("stage3_max_live_parameters", 10**9)
     reuse = zero.get("stage3_max_reuse_distance", 10**9)
-    if reuse == 0:
-        return "none"
-    return "all" if reuse >= 2 * (tensors.count + sum(tensors.reused)) and live >= tensors.count else "some"
+    prefetch = min(zero.get("stage3_max_live_parameters", 10**9), zero.get("stage3_prefetch_bucket_size", 5 * 10**7))
+    if reuse >= 2 * (tensors.count + sum(tensors.reused)):
+        return "all"
+    return "none" if reuse == 0 and prefetch == 0 else "some"
 
 
 def _stage3(tensors, zero, s, ranks, accumulation, offload, size, first):
@@ -99,13 +103,13 @@ def _stage3(tensors, zero, s, ranks, accumulation, offload, size, first):
         why = {"forward": "weights, kept from forward to backward", "backward": ""}
         sent = {"forward": recording + steady * s * gathered, "backward": recording}
     else:
-        bound = "" if keeps == "none" else " (at most: some stay within the live and reuse limits)"
+        bound = "" if keeps == "none" else " (at most: some stay within the limits)"
         why = dict.fromkeys(("forward", "backward"), "weights, freed after each use" + bound)
         sent = dict.fromkeys(why, recording + steady * s * (gathered + again))
     if recorded and steady:                                  # the second micro-step gathers the persistent ones to stay
         sent["forward"] += s * sum(persistent)
     note = "; all of them in the first micro-step, which records the order of modules" if first else ""
-    rows = [Collective("all_gather", phase, None, sent[phase], (why[phase] + note).removeprefix("; "))
+    rows = [Collective("all_gather", phase, None, sent[phase], (why[phase] + note).removeprefix("; "), keeps != "some")
             for phase in sent if sent[phase]]
     reduced = sum(padded)
     rows.append(Collective("reduce_scatter", "backward", accumulation * len(buckets(tensors.numels[::-1], size)),

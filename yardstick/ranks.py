@@ -63,7 +63,7 @@ def default_world():
     text = os.environ.get("RANKS")
     if text is None:
         return gpu_count() or 2
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"RANKS={text} is not a number of ranks. Give RANKS=2, for example.")
     gpus = gpu_count()
     if gpus and int(text) > gpus:
@@ -114,12 +114,18 @@ def join(gpu, seconds=600):
     elif "OMP_NUM_THREADS" not in os.environ:            # the cores, shared out among the ranks of this machine
         here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
         torch.set_num_threads(max(1, cores() // here))
+    os.environ.setdefault("LOCAL_RANK", str(local))          # without it DeepSpeed looks for MPI
     if world == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(free_port()))
+    timeout = datetime.timedelta(seconds=seconds)
+    make_group = torch.distributed.new_group
+
+    def new_group(*args, **kwargs):                          # DeepSpeed makes groups without a timeout: torch's is 30 minutes
+        return make_group(*args, **(kwargs if len(args) > 1 else {"timeout": timeout, **kwargs}))
+    torch.distributed.new_group = new_group
     import deepspeed
-    deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False,
-                               timeout=datetime.timedelta(seconds=seconds))
+    deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False, timeout=timeout)
     return Rank(rank, world, local, device)
 
 
@@ -182,6 +188,10 @@ def start(function, world, gpu=False, say=lambda text: print(text, file=sys.stde
     pids = {(_spawn(rank, world, port) if gpu else _fork(function, rank, world, port, failures)): rank
             for rank in range(world)}
     failed, deadline = 0, None
+
+    def terminated(*_):
+        raise SystemExit(143)
+    before = signal.signal(signal.SIGTERM, terminated)   # so that callers clean up behind their ranks
     try:
         while pids:
             ended = [(pid, status) for pid, status in (os.waitpid(pid, os.WNOHANG) for pid in pids) if pid]
@@ -204,6 +214,8 @@ def start(function, world, gpu=False, say=lambda text: print(text, file=sys.stde
             except ProcessLookupError:
                 pass
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return failed
 
 
@@ -233,8 +245,11 @@ def _probed_precision(folder=ROOT / "runs" / "cache" / "matmul"):
     import torch
     key = hashlib.sha256(f"{torch.__version__} {processor()} {torch.get_num_threads()}".encode()).hexdigest()[:12]
     kept = folder / key
-    if kept.exists() and kept.read_text() in ("highest", "medium"):
-        return kept.read_text()
+    try:
+        if kept.read_text() in ("highest", "medium"):
+            return kept.read_text()
+    except (OSError, UnicodeDecodeError):                # not there yet, or damaged: probed again
+        pass
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(512, 512, generator=generator) for _ in range(2))
     exact = a.double() @ b.double()
@@ -248,8 +263,11 @@ def _probed_precision(folder=ROOT / "runs" / "cache" / "matmul"):
             error[precision] = (product.double() - exact).abs().max()
     faster = min(seconds["medium"]) < 0.9 * min(seconds["highest"])
     choice = "medium" if faster and error["medium"] <= 8 * error["highest"] else "highest"
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = kept.with_suffix(f".{os.getpid()}")
-    temporary.write_text(choice)
-    os.replace(temporary, kept)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = kept.with_suffix(f".{os.getpid()}")
+        temporary.write_text(choice)
+        os.replace(temporary, kept)
+    except OSError:                                      # it is only a memory: the next run probes again
+        pass
     return choice

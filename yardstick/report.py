@@ -1,6 +1,8 @@
 """The report and the record of a run: what was held and sent, beside both formulas, and where the time went."""
 
+import dataclasses
 import json
+import math
 import shutil
 from collections import defaultdict
 
@@ -29,9 +31,9 @@ def finish(plan, rank, engine, probe, meter, history, matmul, evaluation, sample
         return
     summary = summarise(plan, everyone, history, evaluation, first=probe.first == 0)
     text = text_of(plan, summary, history, evaluation, sample)
+    path = write_record(plan, summary, history, matmul, sample, text)      # first: what is printed to may be closed
     if not plan.brief:
         print(text)
-    path = write_record(plan, summary, history, matmul, sample, text)
     if plan.brief:
         print(f"loss {history[-1]:.6f} after {len(history)} steps, {1e3 * summary['measured']['step_seconds_median']:.0f} ms each",
               flush=True)
@@ -54,7 +56,7 @@ def summarise(plan, everyone, history, evaluation, first=False):
     items = [deepspeed_memory.memory(plan.tensors, plan.config, ranks=plan.world, rank=r, accumulation=plan.accumulation)
              for r in range(plan.world)]
     unnamed = 0
-    for moment in ("gradients", "always"):
+    for moment in ("always",) if first else ("gradients", "always"):     # Adam's moments come with the first update
         counted = [ledger.totals([ledger.Row(**row) for row in one["moments"][moment][0]]) for one in everyone
                    if one["moments"]]
         if not counted:
@@ -79,11 +81,16 @@ def summarise(plan, everyone, history, evaluation, first=False):
     own = [row for row in rows if not row["what"]]
     expected = deepspeed_traffic.traffic(plan.tensors, plan.config, ranks=plan.world, accumulation=plan.accumulation,
                                           first=first)
+    if plan.settings["activation_checkpointing"] and any(c.phase == "backward" and c.kind == "all_gather" for c in expected):
+        expected = [dataclasses.replace(c, exact=False, why=c.why + "; recomputation gathers part of them again")
+                    if (c.kind, c.phase) == ("all_gather", "backward") else c for c in expected]
+    exact = all(c.exact for c in expected)
     if memory:
         measured["payload_bytes"] = sum(row["payload_bytes"] for row in own)
         measured["ring_bytes"] = sum(row["ring_bytes"] for row in own)
-        predicted["payload_bytes"] = sum(c.payload_bytes for c in expected)
-        predicted["ring_bytes"] = sum(formulas.ring_bytes(c.kind, c.payload_bytes, plan.world) for c in expected)
+        if exact:
+            predicted["payload_bytes"] = sum(c.payload_bytes for c in expected)
+            predicted["ring_bytes"] = sum(formulas.ring_bytes(c.kind, c.payload_bytes, plan.world) for c in expected)
     seconds = {phase: max(one["seconds"][phase] for one in everyone) for phase in everyone[0]["seconds"]}
     for phase, key in (("total", "step_seconds_median"), ("data", "data_seconds"), ("forward", "forward_seconds"),
                        ("backward", "backward_seconds"), ("step", "optimizer_seconds")):
@@ -106,10 +113,9 @@ def summarise(plan, everyone, history, evaluation, first=False):
         measured["peak_allocated_bytes"] = max(one["peak_allocated"] for one in everyone)
         peak = hardware.peak_flops(ranks.gpu_name(), plan.precision)
         if peak and plan.shape is not None:
-            import dataclasses
             flops = formulas.train_flops(dataclasses.replace(plan.shape, seq=plan.seq), plan.global_batch)
             measured["model_flops_utilisation_fraction"] = flops / seconds["total"] / plan.world / peak
-    return {"memory": memory, "items": items[0], "paper": paper, "traffic": rows, "expected": expected, "stage": stage,
+    return {"memory": memory, "items": items[0], "paper": paper, "traffic": rows, "expected": expected, "exact": exact, "stage": stage,
             "measured": {k: v for k, v in measured.items() if v or k in ("unnamed_bytes",)}, "predicted": {
                 k: v for k, v in predicted.items() if v}, "estimated": estimated,
             "loss": history, "differences": deepspeed_memory.differences(items[0], paper)}
@@ -133,8 +139,10 @@ def _by_place(kinds):
 def text_of(plan, summary, history, evaluation, sample):
     """The report as text."""
     lines = ["", f"== {plan.settings['strategy']} on {plan.world} rank{'s' if plan.world > 1 else ''}: what it measured =="]
-    lines.append(f"loss {history[0]:.4f} -> {history[-1]:.4f} in {len(history)} steps"
+    lines.append(f"loss {history[0]:.4f} -> {history[-1]:.4f} in {len(history)} step{'s' if len(history) > 1 else ''}"
                  + (f"; held-out text {evaluation:.4f} nats per token" if evaluation is not None else ""))
+    if not all(map(math.isfinite, history)):
+        lines.append("the loss is not finite: the run diverged. Try a smaller learning_rate, or gradient_clipping=1.0.")
     if sample:
         lines.append(f"sample: {sample!r}")
     measured = summary["measured"]
@@ -155,7 +163,8 @@ def _memory_lines(plan, summary):
              f"{2 if plan.precision != 'fp32' else 4} bytes):",
              f"  {'':15}{'':18}{'after backward':>28}{'at rest':>24}",
              f"  {'what':15}{'where':18}{'counted':>10}{'predicted':>10}{'paper':>8}{'counted':>12}{'predicted':>12}"]
-    after, rest = summary["memory"]["after_backward"], summary["memory"]["rest"]
+    rest = summary["memory"]["rest"]
+    after = summary["memory"].get("after_backward", {"measured": {}, "predicted": {}, "paper": {}})
     keys = sorted(set(after["measured"]) | set(rest["measured"]) | set(after["predicted"]),
                   key=lambda k: (ledger.KINDS.index(k.partition("@")[0]), k))
     printed = set()
@@ -169,12 +178,13 @@ def _memory_lines(plan, summary):
     total = [sum(part.values()) for part in (after["measured"], after["predicted"], after["paper"], rest["measured"],
                                              rest["predicted"])]
     lines.append(f"  {'all':15}{'':18}{_mb(total[0]):>10}{_mb(total[1]):>10}{_mb(total[2]):>8}{_mb(total[3]):>12}{_mb(total[4]):>12}")
-    off = max(abs(total[0] / total[1] - 1), abs(total[3] / total[4] - 1))
+    off = max(sum(abs(part["measured"].get(key, 0) - part["predicted"].get(key, 0)) for key in keys)
+              / sum(part["predicted"].values()) for part in summary["memory"].values())
     lines.append(f"  counted and predicted differ by {100 * off:.3f} %; live tensors without a name, but the batch and scalars: "
                  f"{summary['measured']['unnamed_bytes']} bytes")
     if len(summary["loss"]) == 1:
-        lines.append("  this run had one step: Adam's moments are made by its update, after the backward that was looked at")
-    if summary["differences"]:
+        lines.append("  after backward: not shown for a run of one step, whose update makes Adam's moments; take steps=2 or more")
+    elif summary["differences"]:
         lines.append("  what this release holds beyond (+) or less than (-) the ZeRO paper's formula, on rank 0 after backward:")
         lines += [f"    {'+' if nbytes > 0 else '-'}{_short(abs(nbytes)):>10}  {name}" for name, nbytes in summary["differences"]]
     if "activation_bytes" in summary["measured"]:
@@ -192,23 +202,26 @@ def _traffic_lines(plan, summary):
              f"  {'collective':16}{'phase':10}{'calls':>7}{'payload':>10}{'predicted':>11}{'ring':>9}  why"]
     if world == 1:
         return lines[:1] + ["  nothing: one rank has nobody to send to"]
-    expected = defaultdict(lambda: [0, []])
+    expected, counted = defaultdict(lambda: [0, []]), defaultdict(float)
     for row in summary["expected"]:
         expected[row.kind, row.phase][0] += row.payload_bytes
         expected[row.kind, row.phase][1].append(row.why)
     for row in summary["traffic"]:
-        size, why = (0, [OWN[row["what"]]]) if row["what"] else expected.pop((row["kind"], row["phase"]), (0, ["not predicted"]))
-        size = row["payload_bytes"] if row["what"] else size
-        lines.append(f"  {row['kind']:16}{row['phase']:10}{row['calls']:>7.4g}{_short(row['payload_bytes']):>10}{_short(size):>11}"
-                     f"{_short(row['ring_bytes']):>9}  {'; '.join(why)}")
+        key = (row["kind"], row["phase"])
+        size, why = (None, [OWN[row["what"]]]) if row["what"] else expected.get(key, (0, ["not predicted"]))
+        counted[key] += 0 if row["what"] else row["payload_bytes"]
+        lines.append(f"  {row['kind']:16}{row['phase']:10}{row['calls']:>7.4g}{_short(row['payload_bytes']):>10}"
+                     f"{'-' if size is None else _short(size):>11}{_short(row['ring_bytes']):>9}  {'; '.join(why)}")
     for (kind, phase), (size, why) in expected.items():
-        lines.append(f"  {kind:16}{phase:10}{0:>7}{'-':>10}{_short(size):>11}{'-':>9}  {'; '.join(why)}")
+        if (kind, phase) not in counted:
+            lines.append(f"  {kind:16}{phase:10}{0:>7}{'-':>10}{_short(size):>11}{'-':>9}  {'; '.join(why)}")
     measured, predicted = summary["measured"], summary["predicted"]
     unit = formulas.ring_bytes("all_gather", weights, world)       # P passed once around the ring
     paper = formulas.zero_traffic_in_parameters(summary["stage"])
-    lines.append(f"  ring traffic of the strategy: {measured['ring_bytes'] / unit:.3f} P counted, "
-                 f"{predicted['ring_bytes'] / unit:.3f} P predicted, {paper} P in the paper"
-                 f"; unexplained: {abs(measured['payload_bytes'] - predicted['payload_bytes']):,.0f} bytes")
+    unexplained = sum(abs(counted[key] - expected[key][0]) for key in {*counted, *expected})
+    lines.append(f"  ring traffic of the strategy: {measured['ring_bytes'] / unit:.3f} P counted, " + (
+        f"{predicted['ring_bytes'] / unit:.3f} P predicted, {paper} P in the paper; unexplained: {unexplained:,.0f} bytes"
+        if summary["exact"] else f"{paper} P in the paper; the gathers of weights are not predicted exactly, see their rows"))
     lines.append(f"  {_why_not_the_paper(plan, summary)}")
     return lines
 
@@ -222,15 +235,19 @@ def _why_not_the_paper(plan, summary):
     if stage == 0:
         return "an all-reduce is a reduce-scatter and an all-gather: 2 P, once a step, as in the paper."
     if stage in (1, 2):
-        return ("the paper reduce-scatters gradients (1 P) and gathers weights (1 P); this release all-reduces whole buckets (2 P)"
+        whole = any(c.kind == "all_reduce" and c.phase == "backward" for c in summary["expected"])
+        return ("the paper reduce-scatters gradients (1 P) and gathers weights (1 P); this release "
+                + ("all-reduces whole buckets (2 P)" if whole else "reduces each owner's part to it (1 P)")
                 + (f" at each of {times} micro-steps" if stage == 2 and times > 1 else "") + ", then gathers (1 P).")
+    if len(summary["loss"]) == 1:
+        return "a first step, in which stage 3 records the order of modules and keeps nothing; take steps=3 or more for the usual one."
     keeps = deepspeed_traffic.stage3_keeps(plan.tensors, plan.config["zero_optimization"])
-    return {"all": "weights gathered in forward stay until backward (the model lies within max_live and max_reuse_distance): 2 P for "
-                   "each micro-step, where the paper gathers twice; max_reuse_distance=0 shows its 3 P.",
+    return {"all": "weights gathered in forward stay until backward (twice the model lies within max_reuse_distance): 2 P for each "
+                   "micro-step, where the paper gathers twice; max_reuse_distance=0 max_live=0 shows its 3 P.",
             "none": "weights are freed after each use and gathered again in backward: the paper's 3 P for each micro-step, and "
                     "tied tensors once more for each further use.",
-            "some": "part of the weights stays gathered between forward and backward (max_live, max_reuse_distance): between 2 P and "
-                    "3 P for each micro-step; the prediction is the upper bound."}[keeps]
+            "some": "part of the weights stays gathered between forward and backward (max_reuse_distance, and prefetching, which "
+                    "max_live limits): between 2 P and 3 P for each micro-step."}[keeps]
 
 
 def _time_lines(plan, measured):
@@ -276,6 +293,11 @@ def write_record(plan, summary, history, matmul, sample, text):
                "config": config, "matmul_precision": matmul, "notes": plan.notes, "parameters": plan.tensors.count,
                "report": text.splitlines()}
     machine = {"accelerator": ranks.gpu_name() if plan.gpu else "none", "ranks": plan.world}
-    return results.write(plan.run, settings=settings, measured=summary["measured"], predicted=summary["predicted"],
+    broken = next((step for step, loss in enumerate(history, 1) if not math.isfinite(loss)), None)
+    if broken:                                           # JSON has no NaN: what is not a number is a missing one
+        details["loss"] = [loss if math.isfinite(loss) else None for loss in history]
+        summary["measured"] = {k: v for k, v in summary["measured"].items() if math.isfinite(v)}
+    return results.write(plan.run, outcome=f"diverged: loss not finite from step {broken}" if broken else "ok",
+                         settings=settings, measured=summary["measured"], predicted=summary["predicted"],
                          estimated=summary["estimated"], details=details, machine=machine, command=plan.command,
                          label=plan.settings["record"], folder=plan.folder)

@@ -57,8 +57,10 @@ def plain_training(changes, ddp=False):
             torch.distributed.init_process_group("gloo")
             number, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
             model = torch.nn.parallel.DistributedDataParallel(model)
-        given = {**plan.config["optimizer"]["params"]}
+        # rate and clipping as the run's settings have them, by whatever way they get into DeepSpeed's config
+        given = {**plan.config["optimizer"]["params"], "lr": plan.settings["learning_rate"]}
         given.pop("torch_adam", None)
+        clipping = plan.settings["gradient_clipping"]
         optimizer = getattr(torch.optim, plan.config["optimizer"]["type"])(model.parameters(), **given)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(plan.settings))
         batches = data.Batches(plan.corpus.train, plan.seq, plan.global_batch, plan.settings["seed"])
@@ -76,9 +78,9 @@ def plain_training(changes, ddp=False):
                 (loss / times).backward()
                 mean += loss.item() / times              # in double precision
             gradients = gradients or [p.grad.numpy().copy() for p in model.parameters()]
-            if plan.config["gradient_clipping"]:
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), plan.config["gradient_clipping"])
-                assert step or norm > plan.config["gradient_clipping"], "nothing is clipped: the case tests less"
+            if clipping:
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clipping)
+                assert step or norm > clipping, "nothing is clipped: the case tests less"
             optimizer.step()
             schedule.step()
             if ddp:
@@ -194,7 +196,7 @@ def swapping(changes):
         from real_model_example import train
         from yardstick import deepspeed_memory
         number = int(os.environ["RANK"])
-        folder, sizes = Path("run/nvme").resolve(), {}
+        folder, sizes = Path("run").resolve(), {}
 
         def look(engine, step):
             if step:                                     # the optimizer's files appear with the first update

@@ -23,7 +23,7 @@ with open(folder / "builder", "a+") as holder:
     time.sleep(seconds)
     for op in ("pin_memory", "async_io"):
         (folder / op / (op + ".so")).touch()
-        (folder / op / "done").touch()
+        (folder / op / "done").write_text("0 bytes")
         (folder / op / "lock").unlink()
 """
 
@@ -32,7 +32,7 @@ def library(folder, op, done=True):
     (folder / op).mkdir(parents=True, exist_ok=True)
     (folder / op / f"{op}.so").touch()
     if done:
-        (folder / op / "done").touch()
+        (folder / op / "done").write_text("0 bytes, built and loaded")
 
 
 @pytest.fixture
@@ -70,6 +70,13 @@ def test_what_is_missing_is_built_once_and_pins_come_first(cache):
 def test_nothing_is_needed_for_nothing(cache):
     cache.prepare()
     assert op_cache.ready([]) and not cache.built and not list(cache.path.iterdir())
+
+
+def test_a_library_cut_short_is_none(cache):
+    library(cache.path, "cpu_adam")
+    assert op_cache.ready(["cpu_adam"])
+    (cache.path / "cpu_adam" / "done").write_text("1 bytes, built and loaded")       # loading it would end in SIGBUS
+    assert not op_cache.ready(["cpu_adam"])
 
 
 def test_a_build_that_did_not_finish_is_none(cache):
