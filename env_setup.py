@@ -296,8 +296,23 @@ def make():
                 step(f"{number}/{len(steps)} {title}", command)
                 if then:
                     then()
+        mend_first_lines()
         STAMP.write_text(json.dumps(wanted))
         say(f".venv is ready after {time.monotonic() - start:.0f} s")
+
+
+def mend_first_lines():
+    """Let the shell find Python for programs like `deepspeed`, where the path of .venv has a space.
+
+    pip writes such first lines for its own scripts; DeepSpeed installs ready-made ones, which the system cuts at the space.
+    """
+    if " " not in str(BIN) or os.name == "nt":
+        return
+    for path in BIN.iterdir():
+        text = b"" if path.is_symlink() or not path.is_file() else path.read_bytes()
+        first, _, rest = text.partition(b"\n")
+        if first.startswith(b"#!") and first[2:].strip().startswith(os.fsencode(BIN)):
+            path.write_bytes(b"#!/bin/sh\n'''exec' \"" + os.fsencode(BIN / "python") + b"\" \"$0\" \"$@\"\n' '''\n" + rest)
 
 
 def main(command, *arguments):

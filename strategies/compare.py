@@ -40,15 +40,17 @@ CONFIG = {
 CASES = [(strategy, precision) for precision in ("fp32", "bf16") for strategy in FOLDERS
          if (strategy, precision) != ("infinity", "fp32")]
 PICTURES = {                              # who holds what: whole on each rank, or its share, and where
-    "dp": {"parameter": "full", "gradient": "full", "optimizer": "full"},
-    "zero1": {"parameter": "full", "gradient": "full", "optimizer": "sharded"},
-    "zero2": {"parameter": "full", "gradient": "sharded", "optimizer": "sharded"},
-    "zero3": {"parameter": "sharded", "gradient": "sharded", "optimizer": "sharded"},
-    "offload": {"parameter": "full", "gradient@host": "sharded", "optimizer@host": "sharded"},
-    "infinity": {"gradient@host": "sharded", "parameter@nvme": "sharded", "optimizer@nvme": "sharded"},
+    "dp": {"parameter": "full", "gradient": "full", "master": "full", "optimizer": "full"},
+    "zero1": {"parameter": "full", "gradient": "full", "master": "sharded", "optimizer": "sharded"},
+    "zero2": {"parameter": "full", "gradient": "sharded", "master": "sharded", "optimizer": "sharded"},
+    "zero3": {"parameter": "sharded", "gradient": "sharded", "master": "sharded", "optimizer": "sharded"},
+    "offload": {"parameter": "full", "gradient@host": "sharded", "master@host": "sharded", "optimizer@host": "sharded"},
+    "infinity": {"gradient@host": "sharded", "parameter@nvme": "sharded", "master@nvme": "sharded",
+                 "optimizer@nvme": "sharded"},
 }
 TITLES = {"dp": "Data parallel: every rank holds everything", "zero1": "ZeRO-1: each rank keeps its share of the optimizer",
-          "zero2": "ZeRO-2: and of the gradients", "zero3": "ZeRO-3: and of the weights",
+          "zero2": "ZeRO-2: of the optimizer and the gradients",
+          "zero3": "ZeRO-3: of optimizer, gradients and weights",
           "offload": "ZeRO-Offload: ZeRO-2 with the optimizer on the host",
           "infinity": "ZeRO-Infinity: ZeRO-3 with weights and optimizer in files"}
 
@@ -185,14 +187,14 @@ def draw(records, commit):
     if unit:
         figures.traffic_bars(place("traffic"), *({s: t[name] for s, t in sent.items()} for name in ("measured", "predicted")),
                              P=unit, title=f"Sent by one rank in a step ({facts})")
-    curves = {s: r["details"]["loss"] for (s, p), r in records.items() if p == "fp32"} or {
-        s: r["details"]["loss"] for s, r in chosen.items()}
-    figures.curves(place("loss"), curves, title="Training loss (" + facts.replace(memory_of, "fp32" if ("dp", "fp32") in records
-                                                                                  else memory_of) + ")")
+    # the five in fp32 on top of each other; beside them what runs in bf16 only, and data parallelism there
+    curves = {f"{s} {p}": r["details"]["loss"] for (s, p), r in records.items() if p == "fp32" or s in ("infinity", "dp")
+              or ("dp", "fp32") not in records}
+    figures.curves(place("loss"), curves, title=f"Training loss ({anyone['settings']['model']}, {anyone['machine']['ranks']} ranks)")
     if commit:
-        recipe = {"parameter": 2, "gradient": 2, "optimizer": 12}         # the ZeRO paper's mixed precision
+        recipe = {"parameter": 2, "gradient": 2, "master": 4, "optimizer": 8}         # the ZeRO paper's mixed precision
         for strategy, rows in PICTURES.items():
-            figures.who_holds_what(place(FOLDERS[strategy]), 4, rows, weights=recipe, title=TITLES[strategy])
+            figures.who_holds_what(place(FOLDERS[strategy]), 4, rows, weights=recipe, title=TITLES[strategy] + " (bytes as in the paper)")
     for path in paths:
         print(f"figure: {path.relative_to(results.ROOT)}")
     return 0

@@ -1,5 +1,6 @@
 """Every way to start the program: each trains, explains itself, and writes its record and nothing else."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from tests.strategies import cases
@@ -107,41 +109,65 @@ def test_record_writes_results(checkout):
     assert str(checkout) not in (checkout / path).read_text()
 
 
-@slow
-def test_ctrl_c_ends_every_rank(models, tmp_path):
-    """A terminal sends SIGINT to the whole foreground group."""
-    words = ["bash", "strategies/1_data_parallel/run.sh", *cases.toy(models["small"], tmp_path / "run"),
-             "steps=100000"]
-    with open(tmp_path / "log", "w+") as log:
-        process = subprocess.Popen(words, cwd=cases.ROOT, env=cases.environment(), stdout=log, stderr=log,
+@contextlib.contextmanager
+def training(strategy, model, folder):
+    """A run that would take for ever, after its first step: (process, its log). Nothing of it is left behind."""
+    words = ["bash", f"strategies/{cases.FOLDERS[strategy]}/run.sh", *cases.toy(model, folder / "run"), "steps=100000"]
+    log = folder / "log"
+    with open(log, "w") as out:
+        process = subprocess.Popen(words, cwd=cases.ROOT, env=cases.environment(), stdout=out, stderr=out,
                                    start_new_session=True)
-        try:
-            until = time.monotonic() + 120
-            while "step 1/" not in (tmp_path / "log").read_text():
-                assert process.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()
-                time.sleep(0.1)
-            os.killpg(process.pid, signal.SIGINT)
-            assert process.wait(timeout=30) == 130
-            until = time.monotonic() + 10
-            while members(process.pid):
-                assert time.monotonic() < until, "ranks outlive the command"
-                time.sleep(0.1)
-        finally:
-            if members(process.pid):
-                os.killpg(process.pid, signal.SIGKILL)
+    try:
+        until = time.monotonic() + 120
+        while "step 1/" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < until, log.read_text()
+            time.sleep(0.1)
+        yield process, log
+        until = time.monotonic() + 10
+        while members(process.pid):
+            assert time.monotonic() < until, "ranks outlive the command"
+            time.sleep(0.1)
+    finally:
+        if members(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def members(group):
     """Living processes of a process group."""
-    import psutil
     found = []
     for process in psutil.process_iter():
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
             if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process.pid)
-        except (psutil.NoSuchProcess, ProcessLookupError):
-            pass
     return found
+
+
+@slow
+def test_ctrl_c_ends_every_rank(models, tmp_path):
+    with training("dp", models["small"], tmp_path) as (process, _):
+        os.killpg(process.pid, signal.SIGINT)            # as a terminal does, to the whole foreground group
+        assert process.wait(timeout=30) == 130
+
+
+@slow
+@pytest.mark.timeout(1800)
+def test_a_killed_rank_ends_the_run_and_leaves_no_swap_files(models, tmp_path, async_io):
+    with training("infinity", models["wide"], tmp_path) as (process, log):
+        assert list((tmp_path / "run").rglob("*.swp"))
+        psutil.Process(process.pid).children()[1].kill()
+        assert process.wait(timeout=30) == 128 + signal.SIGKILL
+    assert "rank 1 of 2 was ended by SIGKILL; ending the other rank" in log.read_text()
+    assert not list((tmp_path / "run").rglob("*.swp"))
+
+
+@slow
+@pytest.mark.timeout(1800)
+def test_torchrun_leaves_no_swap_files(models, tmp_path, async_io):
+    """Here no process outlives the ranks that could remove them."""
+    ended = cases.command(["torchrun", "--nproc_per_node=2", f"--master_port={ranks.free_port()}", PROGRAM,
+                           "strategy=infinity", *cases.toy(models["wide"], tmp_path / "run")])
+    written = cases.record(ended, tmp_path / "run")
+    assert written["measured"]["nvme_bytes"] > 2**20 and not list((tmp_path / "run").rglob("*.swp"))
 
 
 @pytest.mark.parametrize("strategy", ["dp", pytest.param("zero1", marks=slow), pytest.param("zero2", marks=slow),
