@@ -20,7 +20,7 @@ PARTS = {
     "core": "settings shapes formulas step_time schedules hardware plan results documents deepspeed_map "
             "deepspeed_config deepspeed_memory deepspeed_traffic".split(),
     "arrays": "data data_sources figures".split(),
-    "torch": "ranks model ledger probe traffic op_cache report progress".split()}
+    "torch": "ranks model ledger probe traffic op_cache report report_text progress".split()}
 YARDSTICK = "yardstick/core yardstick/arrays yardstick/torch hjson "
 OPTIONAL = "tqdm tensorboard datasets wandb psutil"
 

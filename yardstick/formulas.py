@@ -4,7 +4,7 @@ Bytes are bytes, counts are counts; nothing here is measured. What DeepSpeed's p
 the papers is in `deepspeed_memory.py` and `deepspeed_traffic.py`.
 """
 
-from yardstick.shapes import FP32, PAPER, Layout, ModelShape
+from yardstick.shapes import PAPER, Layout, ModelShape  # ModelShape: the doctests
 
 GB, GiB, MB, MiB = 10**9, 2**30, 10**6, 2**20
 
