@@ -47,7 +47,7 @@ def test_payload_is_predicted_to_the_byte(counted, strategy, precision, accumula
     check(counted(strategy, precision=precision, accumulation=accumulation))
 
 
-@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", pytest.param("zero3", marks=slow)])
 def test_buckets_are_cut_where_predicted(counted, strategy):
     counts = counted(strategy, model="wide", precision="bf16", accumulation=2, reduce_bucket_size=2_200_000)
     gradients = "reduce_scatter" if strategy == "zero3" else "all_reduce", "backward"
@@ -55,7 +55,7 @@ def test_buckets_are_cut_where_predicted(counted, strategy):
     assert expected(counts[0])[1][gradients] > 2
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=slow), 2])
 def test_the_first_step_of_stage_3(counted, accumulation):
     """It records the order of modules, and compares it between ranks by broadcasts that the report tells apart."""
     for count in counted("zero3", precision="fp32", accumulation=accumulation, steps=1):
@@ -93,9 +93,15 @@ def test_stage_3_that_keeps_nothing_sends_what_the_paper_says(counted):
     assert deepspeed_traffic.stage3_keeps(count.tensors, count.config["zero_optimization"]) == "none"
 
 
-def test_limits_inside_the_models_size_stay_below_the_bound(counted):
+@slow
+def test_max_live_alone_changes_nothing(counted):
+    check(counted("zero3", precision="fp32", accumulation=1, max_live=100_000))
+
+
+@pytest.mark.parametrize("limits", [{"max_reuse_distance": 60_000, "max_live": 100_000},
+                                    pytest.param({"max_reuse_distance": 0}, marks=slow)], ids=["inside", "reuse 0"])
+def test_limits_inside_the_models_size_stay_below_the_bound(counted, limits):
     """Which weights stay then depends on the order of modules; gathers lie between once and the bound."""
-    limits = {"max_reuse_distance": 60_000, "max_live": 100_000}
     for count in counted("zero3", precision="fp32", accumulation=1, **limits):
         assert deepspeed_traffic.stage3_keeps(count.tensors, count.config["zero_optimization"]) == "some"
         payload, _ = expected(count)
@@ -105,8 +111,8 @@ def test_limits_inside_the_models_size_stay_below_the_bound(counted):
         assert others[0] == others[1]
         once = payload["all_gather", "forward"] - 4 * sum(-(-n // 2) * 2 for n in count.tensors.reused)
         assert once <= real["all_gather", "forward"] <= payload["all_gather", "forward"]
-        assert 0 < real["all_gather", "backward"] <= payload["all_gather", "backward"]
-        assert sum(real[k] for k in gathers) < sum(payload[k] for k in gathers), "no weight stayed: nothing tested"
+        assert real.get(("all_gather", "backward"), 0) <= payload["all_gather", "backward"]     # none where prefetching kept all
+        assert sum(real.get(k, 0) for k in gathers) < sum(payload[k] for k in gathers), "no weight stayed: nothing tested"
 
 
 @pytest.mark.parametrize("strategy", cases.ORDER[:4])

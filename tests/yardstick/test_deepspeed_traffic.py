@@ -51,10 +51,15 @@ def test_calls_are_predicted_only_where_they_are_known():
     assert calls == [[2 * 2], [None]]
 
 
-@pytest.mark.parametrize("live,reuse,keeps", [
-    (10**9, 10**9, "all"), (0, 0, "none"), (10**9, 0, "none"), (10**9, 800, "all"), (10**9, 799, "some"),
-    (299, 10**9, "some"), (300, 800, "all")])
-def test_what_stage_3_keeps(live, reuse, keeps):
-    """A weight's next use lies up to twice the model away, uses of tied weights included: here 2 * (300 + 100)."""
-    zero = {"stage3_max_live_parameters": live, "stage3_max_reuse_distance": reuse}
-    assert deepspeed_traffic.stage3_keeps(Tensors((100, 200), (100,)), zero) == keeps
+@pytest.mark.parametrize("live,reuse,prefetch,keeps", [
+    (None, None, None, "all"), (None, 800, 0, "all"), (None, 799, 0, "some"), (0, None, None, "all"),
+    (None, 0, None, "some"), (None, 0, 0, "none"), (0, 0, None, "none"), (1, 0, None, "some")])
+def test_what_stage_3_keeps(live, reuse, prefetch, keeps):
+    """A weight's next use lies up to twice the model away, uses of tied weights included: here 2 * (300 + 100).
+
+    What has been prefetched for a later use stays too, and max_live limits prefetching.
+    """
+    zero = {"stage3_max_live_parameters": live, "stage3_max_reuse_distance": reuse,
+            "stage3_prefetch_bucket_size": prefetch}
+    given = {key: value for key, value in zero.items() if value is not None}
+    assert deepspeed_traffic.stage3_keeps(Tensors((100, 200), (100,)), given) == keeps
