@@ -112,7 +112,8 @@ def test_record_writes_results(checkout):
 @contextlib.contextmanager
 def training(strategy, model, folder):
     """A run that would take for ever, after its first step: (process, its log). Nothing of it is left behind."""
-    words = ["bash", f"strategies/{cases.FOLDERS[strategy]}/run.sh", *cases.toy(model, folder / "run"), "steps=100000"]
+    words = ["bash", f"strategies/{cases.FOLDERS[strategy]}/run.sh", *cases.toy(model, folder / "run"),
+             "steps=100000"]
     log = folder / "log"
     with open(log, "w") as out:
         process = subprocess.Popen(words, cwd=cases.ROOT, env=cases.environment(), stdout=out, stderr=out,
