@@ -162,8 +162,9 @@ def sgd(tmp_path_factory):
     return sgd_config("dp", tmp_path_factory.mktemp("sgd"))
 
 
-@pytest.mark.parametrize("clipping", [0.0, 0.5], ids=["whole", "clipped"])
-@pytest.mark.parametrize("strategy", FIVE)
+@pytest.mark.parametrize("strategy,clipping", [
+    *((strategy, 0.0) for strategy in FIVE), ("zero2", 0.5), ("zero3", 0.5),
+    *(pytest.param(strategy, 0.5, marks=pytest.mark.slow) for strategy in ("dp", "zero1", "offload"))])
 def test_parameters_after_plain_sgd(launch, models, reference, sgd, tmp_path, strategy, clipping):
     changes = {"steps": AFTER + 1, "gradient_clipping": clipping, "schedule": "constant", "warmup_steps": 0}
     ours = launch(training, {**BASE, **changes, "model": models["small"], "strategy": strategy, "accumulation": 2,
