@@ -133,7 +133,7 @@ def name_errors(path, _):
 
 def content_errors(path, text):
     """Paths of one machine; emoji and characters that cannot be seen."""
-    places = [r"/home/\w", r"/Users/\w", r"/root/\w", r"[A-Z]:\\Users", r"file:///\w"]
+    places = [r"/home/\w", r"/Users/\w", r"/(?:root)/\w", r"[A-Z]:\\Users", r"file:///\w"]
     if len(ROOT.parts) > 2:      # /app could be a part of any path
         places.append(path_pattern(ROOT))
     errors = []
