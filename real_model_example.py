@@ -1,7 +1,8 @@
 """Trains a GPT-2 (or any causal LM of transformers) with one of six strategies of real DeepSpeed.
 
     python real_model_example.py                              # ZeRO-2 on every GPU, or on two CPU processes
-    python real_model_example.py strategy=zero3 model=gpt2 steps=50
+    python real_model_example.py strategy=zero3 model=gpt2 steps=50 save_every=10
+    python real_model_example.py strategy=zero3 resume=auto
     torchrun --nproc_per_node=2 real_model_example.py strategy=offload
     deepspeed --num_gpus=1 real_model_example.py
 
@@ -17,8 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))     # run from any directory, installed or not
 
 from strategies import checks, models
-from yardstick import ranks
-from yardstick.settings import Choice, Either, SettingsError, override
+from yardstick import launchers, ranks
+from yardstick.settings import Choice, Either, SettingsError, given, override
 
 CONFIG = {
     # what trains, and how it is distributed
@@ -54,6 +55,13 @@ CONFIG = {
     "sub_group_size": Either(int),        # stage 3: weights that the optimizer steps at once
     "nvme_path": Either(str),             # infinity: folder on the fast disk; None: the run's own folder
     "cpp_ops": False,                     # DeepSpeed's compiled Adam in place of torch's (built once, minutes)
+    # checkpoints, in the run's folder
+    "save_every": 0,                      # steps from one checkpoint to the next, and one at the end; 0: at Ctrl-C only
+    "keep": 2,                            # checkpoints kept, the newest
+    "resume": "none",                     # auto: go on with the newest run of this strategy, or of output=; or the folder
+                                          # of a run or of one of its steps; none: begin anew
+    "trust": Either(str),                 # folder of a checkpoint that this checkout did not write: loading it unpickles
+    "export": Either(str),                # folder to write the trained model into, as transformers reads it
     # what is measured and kept
     "eval_batches": 4,                    # batches of held-out text at the end; 0: none
     "sample_tokens": 48,                  # tokens of generated text at the end; 0: none
@@ -61,7 +69,7 @@ CONFIG = {
     "tensorboard": False,                 # write loss, learning rate and speed for TensorBoard into the run's folder
     "record": Either(str),                # LABEL: write the record to results/LABEL/ (for commits)
     "output": Either(str),                # folder of the run; None: a new one under runs/
-    "timeout_seconds": 600.0,             # how long a collective waits for a rank before the run ends
+    "timeout_seconds": 600.0,             # the longest that a phase of a step, or a wait for another rank, may take
 }
 
 
@@ -79,37 +87,42 @@ def learning_rate_factor(settings):
 
 
 def main():
-    settings = override(CONFIG, [a for a in sys.argv[1:] if not a.startswith("--local_rank")],
-                        where="real_model_example.py")
-    plan = checks.check(settings)          # imports, refuses what cannot work, reads data; before any rank starts
+    launchers.adopt()                      # srun's variables become torchrun's
+    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    settings = override(CONFIG, arguments, where="real_model_example.py")
+    plan = checks.check(settings, given(arguments))     # imports, refuses what cannot work; before any rank starts
     if ranks.is_rank():
-        train(plan)
-        return 0
+        ranks.listen()
+        return train(plan)["code"]
     try:
-        return ranks.start(lambda: train(plan), plan.world, gpu=plan.gpu)
+        return ranks.start(lambda: sys.exit(train(plan)["code"]), plan.world, gpu=plan.gpu, graceful=True)
     finally:
         if plan.swap:                      # however the ranks ended; they are of no use to a later run
             shutil.rmtree(plan.swap, ignore_errors=True)
 
 
 def train(plan, after_backward=None, finish=True):
-    """One rank's run of a checked Plan. Returns {"loss": [mean loss of each step], "rank", "folder"}.
+    """One rank's run of a checked Plan: {"loss": [mean loss of each step], "rank", "folder", "code": to exit with}.
 
     after_backward(engine, step): called before each update, on every rank; tests compare gradients there.
     """
     import deepspeed
     import torch
 
+    from strategies.checkpoints import Checkpoints
+    from strategies.control import Control
     from yardstick import data, op_cache, report
     from yardstick.probe import Probe
     from yardstick.progress import Log
     from yardstick.traffic import Meter
+    from yardstick.watchdog import Watchdog
 
     settings = plan.settings
     meter = Meter().install()              # before DeepSpeed makes its backend
     op_cache.do_without("deepspeed_shm_comm")
     op_cache.load(plan.ops)
     rank = ranks.join(plan.gpu, settings["timeout_seconds"])
+    watchdog = Watchdog(rank, settings["timeout_seconds"]).start()
     matmul = ranks.choose_matmul_precision(rank)
     torch.manual_seed(settings["seed"])
     model = models.build(plan)
@@ -117,14 +130,19 @@ def train(plan, after_backward=None, finish=True):
         model=model, model_parameters=model.parameters(), config=plan.config,
         lr_scheduler=lambda adam: torch.optim.lr_scheduler.LambdaLR(adam, learning_rate_factor(settings)))
     del model
+    torch.manual_seed(settings["seed"] + 1 + rank.rank)     # dropout: each rank's own draws
+    checkpoints = Checkpoints(plan, engine, rank, watchdog)
+    first, history = checkpoints.load(plan.resume) if plan.resume else (0, [])
     batches = data.Batches(plan.corpus.train, plan.seq, plan.global_batch, settings["seed"])
-    probe = Probe(engine, meter, steps=settings["steps"], accumulation=plan.accumulation, counting=settings["count"])
+    probe = Probe(engine, meter, watchdog, steps=settings["steps"] - first, accumulation=plan.accumulation,
+                  counting=settings["count"])
+    control = Control(plan, engine, meter, rank)
     log = Log(plan, rank)
-    history = []
 
     engine.train()
-    for step in log.progress(range(settings["steps"])):
-        with probe("data"):
+    step = first - 1                       # a finished run may be resumed for its export alone
+    for step in log.progress(range(first, settings["steps"])):
+        with probe("data", step):
             rows = batches.step(step, rank.rank, rank.world, plan.accumulation)      # [accumulation, micro_batch, seq]
             tokens_ABT = torch.from_numpy(rows).to(engine.device)
         rate, losses = scheduler.get_last_lr()[0], []
@@ -134,26 +152,36 @@ def train(plan, after_backward=None, finish=True):
             with probe("backward"):
                 engine.backward(loss)          # divides by accumulation; reduces gradients as the stage does
             losses.append(loss.detach())
-            if after_backward and engine.is_gradient_accumulation_boundary():
+            last = engine.is_gradient_accumulation_boundary()
+            if last and after_backward:
                 after_backward(engine, step)
             with probe("step"):
+                if last:
+                    history.append(control.agree(step, losses))      # the mean over all ranks; stop or skip, all alike
                 engine.step()                  # updates after the last micro-batch only; clips, steps the schedule
-        with meter.named("loss"):
-            mean = torch.stack(losses).float().mean()
-            torch.distributed.all_reduce(mean)                                       # DeepSpeed does not average losses
-        history.append(mean.item() / rank.world)
+        control.after_update(step)
         log.step(step, history[-1], rate)
+        if control.stop or checkpoints.due(step):
+            probe.end_step()
+            with meter.paused():
+                folder = checkpoints.save(step, history)
+            if control.stop:
+                log.stopped(step, folder, checks.resume_command(plan))
+                break
     probe.end_step()
     meter.counting = False
 
-    result = {"loss": history, "rank": rank, "folder": plan.folder}
-    if finish:
-        evaluation = models.evaluate(engine, plan, rank)
-        sample = models.sample(engine, plan)
+    stopped = step + 1 < settings["steps"]
+    if finish and not stopped and step >= first:
+        evaluation = models.evaluate(engine, plan, rank, watchdog)
+        sample = models.sample(engine, plan, watchdog)
         report.finish(plan, rank, engine, probe, meter, history, matmul, evaluation, sample)
+    if settings["export"] and not stopped:
+        models.export(engine, plan, rank)
     log.close()
+    watchdog.stop()
     engine.destroy()
-    return result
+    return {"loss": history, "rank": rank, "folder": plan.folder, "code": ranks.stop_code() if stopped else 0}
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from strategies import effective, models
-from yardstick import deepspeed_memory, op_cache, ranks, results
+from strategies import checkpoints, effective, models
+from yardstick import deepspeed_memory, launchers, op_cache, ranks, results
 from yardstick.settings import SettingsError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +38,7 @@ class Plan:
     command: str                # as a user types it
     notes: list                 # sentences for the user
     swap: Path | None           # of this run's swap files, absolute; None without NVMe
+    resume: object = None       # checkpoints.Resume, or None
     brief: bool = False         # one line at the end in place of the report
 
 
@@ -47,13 +48,19 @@ def say(text):
         print(text, file=sys.stderr, flush=True)
 
 
-def check(settings):
+def check(settings, given=()):
     """The Plan of a run, or SettingsError; nothing has been started or written to the run's folder yet.
 
-    Builds DeepSpeed's C++ ops and tokenizes the data where that has not been done on this machine.
+    given: names of the settings that the user gave; a resumed run takes the others from its checkpoint. Builds
+    DeepSpeed's C++ ops and tokenizes the data where that has not been done on this machine.
     """
     check_ranges(settings)
-    check_launcher()
+    launchers.check()
+    try:
+        world = int(os.environ["WORLD_SIZE"]) if ranks.is_rank() else ranks.default_world()
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    resume = checkpoints.find(settings, given, world, say)
     if settings["compile"] and not shutil.which(os.environ.get("CXX") or "c++") and not ranks.gpu_count():
         raise SettingsError("compile=True needs a C++ compiler on a CPU, and none is on PATH. Install one (Debian, Ubuntu: "
                             "apt-get install g++), or leave compile= out.")
@@ -62,10 +69,6 @@ def check(settings):
                             "Move the checkout, or leave compile= out.")
     check_record(settings)
     config = effective.read(settings["strategy"], settings["config"])
-    try:
-        world = int(os.environ["WORLD_SIZE"]) if ranks.is_rank() else ranks.default_world()
-    except ValueError as error:
-        raise SettingsError(str(error)) from None
     gpu = ranks.gpu_count() > 0
     if not gpu:
         ranks.use_cpu_accelerator()
@@ -109,18 +112,43 @@ def check(settings):
         raise SettingsError(str(error)) from None
     say(f"model {settings['model']}: {tensors.count:,} parameters, {seq} tokens a sequence, {precision}; data {corpus.name}: "
         f"{len(corpus.train):,} tokens  (checked in {time.monotonic() - begin:.0f} s)")
+    plan = Plan(settings, config, ops, world, gpu, precision, total, micro, times, seq, corpus, model_config, tensors,
+                shape, folder, "strategies/" + effective.FOLDERS[settings["strategy"]], command_of(settings, world), notes,
+                nvme if "async_io" in ops else None, resume)
+    check_checkpoints(plan)
     for note in notes:
         say(f"note: {note}")
-    return Plan(settings, config, ops, world, gpu, precision, total, micro, times, seq, corpus, model_config, tensors,
-                shape, folder, "strategies/" + effective.FOLDERS[settings["strategy"]], command_of(settings, world), notes,
-                nvme if "async_io" in ops else None)
+    return plan
+
+
+def check_checkpoints(plan):
+    """What would keep this run from resuming, saving or exporting; the order is from quick to slow."""
+    settings, nbytes = plan.settings, deepspeed_memory.checkpoint_bytes(plan.tensors, plan.config)
+    if settings["export"]:
+        target = check_writable(Path(settings["export"]).resolve(), "export=")
+        if target.exists() and any(target.iterdir()):
+            raise SettingsError(f"export={settings['export']} is not empty. Give a folder that does not exist yet.")
+    if plan.resume:
+        checkpoints.fit(plan.resume, plan)
+    if settings["save_every"]:
+        saves = -(-settings["steps"] // settings["save_every"])
+        copies = min(saves, settings["keep"] + 1)            # the next is written before the oldest goes
+        checkpoints.check_space(plan.folder, nbytes, copies)
+        plan.notes.append(f"a checkpoint of {nbytes / 1e6:,.0f} MB every {settings['save_every']} steps, the newest {settings['keep']} kept")
+    if plan.resume:
+        if os.environ.get("RANK", "0") == "0":               # of a launcher's ranks one reads all files, not each
+            checkpoints.verify(plan.resume)
+        plan.notes.append(f"going on after step {plan.resume.step} of {checkpoints.shown(plan.resume.path)}"
+                          + (f", converted from {plan.resume.manifest['world']} ranks" if plan.resume.convert else ""))
+        if plan.resume.convert:
+            plan.config["checkpoint"] = {**plan.config.get("checkpoint", {}), "load_universal": True}
 
 
 RANGES = {                       # least and largest value
     "steps": (1, 10**9), "warmup_steps": (0, 10**9), "eval_batches": (0, 10**6), "sample_tokens": (0, 10**6),
     "learning_rate": (0.0, 1e3), "gradient_clipping": (0.0, 1e9), "seed": (0, 2**32 - 1), "timeout_seconds": (1.0, 1e6),
     "reduce_bucket_size": (1, 10**12), "max_live": (0, 10**15), "max_reuse_distance": (0, 10**15),
-    "persistence_threshold": (0, 10**15), "sub_group_size": (1, 10**15)}
+    "persistence_threshold": (0, 10**15), "sub_group_size": (1, 10**15), "save_every": (0, 10**9), "keep": (1, 10**6)}
 
 
 def check_ranges(settings):
@@ -133,30 +161,20 @@ def check_ranges(settings):
         raise SettingsError(f"{key}={value} must {rule}. Give {key}={least:g}, for example, or leave it out.")
 
 
-def check_launcher():
-    """Refuse an environment in which a launcher, or a hand, has set only part of what a rank needs."""
-    if not ranks.is_rank():
-        return
-    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        if key in os.environ and not os.environ[key].isdecimal():
-            raise SettingsError(f"{key}={os.environ[key]} in the environment is no number. torchrun and deepspeed set it; unset it "
-                                "to let this program start its ranks itself.")
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if rank >= world:
-        raise SettingsError(f"RANK={rank} must be less than WORLD_SIZE={world}. Unset both to let this program start its ranks "
-                            "itself, or use torchrun.")
-    missing = [key for key in ("MASTER_ADDR", "MASTER_PORT") if world > 1 and key not in os.environ]
-    if missing:
-        raise SettingsError(f"RANK={rank} and WORLD_SIZE={world} are set, and {' and '.join(missing)} not: ranks cannot find each "
-                            "other. Set what is missing, use torchrun, or unset RANK to let this program start its ranks.")
-
-
 def command_of(settings, world):
     """The command that repeats this run, with no path of this machine: run.sh and what differs from its defaults."""
-    words = [a for a in sys.argv[1:] if "=" in a and not a.startswith(("--", "strategy=", "output=", "nvme_path="))]
+    personal = ("--", "strategy=", "output=", "nvme_path=", "resume=", "trust=", "export=")
+    words = [a for a in sys.argv[1:] if "=" in a and not a.startswith(personal)]
     given = os.environ.get("RANKS") or ranks.is_rank()       # a launcher chose their number in its own words
     ranks_given = f"RANKS={world} " if given else ""
     return ranks_given + shlex.join(["bash", f"strategies/{effective.FOLDERS[settings['strategy']]}/run.sh", *words])
+
+
+def resume_command(plan):
+    """What continues a stopped run, as a user types it."""
+    world = f"RANKS={plan.world} " if os.environ.get("RANKS") else ""
+    where = [f"output={plan.settings['output']}"] if plan.settings["output"] else []
+    return world + shlex.join(["bash", f"strategies/{effective.FOLDERS[plan.settings['strategy']]}/run.sh", "resume=auto", *where])
 
 
 def quiet_libraries():

@@ -1,24 +1,21 @@
 """The model of a run: its configuration, the sizes of its tensors, and, on a rank, the model itself and its use."""
 
-from yardstick import deepspeed_memory
+from yardstick import deepspeed_memory, shapes
 from yardstick.settings import SettingsError, nearest
 from yardstick.shapes import MODELS
 
 
 def configuration(settings, gpu):
     """(transformers config, ModelShape or None) of settings["model"]; "auto" is put into words there."""
-    from transformers import AutoConfig, GPT2Config
+    from transformers import AutoConfig
     if settings["model"] == "auto":
         settings["model"] = "gpt2" if gpu else "tiny"
     name = settings["model"]
     if name in MODELS and not (settings["pretrained"] and name != "tiny"):
         if settings["pretrained"]:
             raise SettingsError("pretrained=True: tiny has no published weights. Use model=gpt2, or pretrained=False.")
-        shape = MODELS[name]
-        # no dropout, so that every strategy computes the same; token 0 ends a document of the embedded text
-        return GPT2Config(n_layer=shape.layers, n_embd=shape.hidden, n_head=shape.heads, vocab_size=shape.vocab,
-                          n_positions=shape.seq, bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0,
-                          attn_pdrop=0.0, use_cache=False), shape
+        fields = shapes.config_json(MODELS[name])
+        return AutoConfig.for_model(fields.pop("model_type"), **fields), MODELS[name]
     near = nearest(name, MODELS)
     if near and near != name and "/" not in name and abs(len(near) - len(name)) < 2:
         raise SettingsError(f"there is no model={name} here. Did you mean model={near}? Others: {', '.join(MODELS)}, a folder, or "
@@ -68,7 +65,7 @@ def build(plan):
     return model
 
 
-def evaluate(engine, plan, rank):
+def evaluate(engine, plan, rank, watchdog):
     """Mean loss, in nats per token, over eval_batches of the held-out text; None where it is too short or not asked for."""
     import torch
 
@@ -81,6 +78,7 @@ def evaluate(engine, plan, rank):
     total = torch.zeros((), device=engine.device)
     with torch.no_grad():
         for step in range(count):
+            watchdog.moved(f"batch {step + 1} of the evaluation")
             tokens_BT = torch.from_numpy(batches.step(step, rank.rank, rank.world)[0]).to(engine.device)
             total += engine(input_ids=tokens_BT, labels=tokens_BT).loss.float()
     torch.distributed.all_reduce(total)
@@ -88,7 +86,7 @@ def evaluate(engine, plan, rank):
     return total.item() / count / rank.world
 
 
-def sample(engine, plan, prompt="def ", temperature=0.8):
+def sample(engine, plan, watchdog, prompt="def ", temperature=0.8):
     """Text that the model continues, drawn with the run's seed; every rank computes it, as stage 3 needs them all."""
     import torch
     if not plan.settings["sample_tokens"]:
@@ -98,6 +96,7 @@ def sample(engine, plan, prompt="def ", temperature=0.8):
     engine.eval()
     with torch.no_grad():
         for _ in range(plan.settings["sample_tokens"]):
+            watchdog.moved("the sample")
             window = torch.tensor([ids[-plan.seq:]], device=engine.device)
             logits_V = engine(input_ids=window).logits[0, -1, :plan.corpus.vocab].float().cpu()
             if not torch.isfinite(logits_V).all():           # the run diverged: there is nothing to draw from
@@ -105,3 +104,56 @@ def sample(engine, plan, prompt="def ", temperature=0.8):
             ids.append(torch.multinomial(torch.softmax(logits_V / temperature, -1), 1, generator=generator).item())
     engine.train()
     return plan.corpus.decode(ids)
+
+
+def export(engine, plan, rank):
+    """Write the weights into settings["export"] as transformers reads them, and compare what it reads with them. Collective.
+
+    Safetensors in the precision that computes, tied weights once, with config and tokenizer; the folder appears when complete.
+    """
+    import os
+    import shutil
+    from pathlib import Path
+
+    import deepspeed
+    import torch
+    from transformers import AutoModelForCausalLM
+    tensors = {}
+    for name, parameter in engine.module.named_parameters():                 # tied weights once
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            if rank.rank == 0:
+                tensors[name] = parameter.detach().cpu().clone()
+    if rank.rank == 0:
+        folder = Path(plan.settings["export"]).resolve()
+        part = folder.with_name(f".{folder.name}.{os.getpid()}")
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(plan.model_config)
+        buffers = {name: value.cpu() for name, value in engine.module.named_buffers() if name in engine.module.state_dict()}
+        model.load_state_dict({**tensors, **buffers}, strict=False, assign=True)
+        model.tie_weights()
+        model.to(next(iter(tensors.values())).dtype)
+        try:
+            model.save_pretrained(part)
+            _tokenizer(plan).save_pretrained(part)
+            again = AutoModelForCausalLM.from_pretrained(part, dtype="auto")
+            wrong = [name for name, parameter in again.named_parameters() if not torch.equal(parameter, tensors[name])]
+            if wrong or again.state_dict().keys() != engine.module.state_dict().keys():
+                raise SystemExit(f"export={folder}: what was written does not read back as the trained weights ({wrong[:3]}).")
+            if folder.exists():
+                folder.rmdir()                                               # it was checked to be empty
+            part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        print(f"exported {len(tensors)} tensors, read back and compared: model={folder} pretrained=True trains on, "
+              "AutoModelForCausalLM.from_pretrained opens it", flush=True)
+    torch.distributed.barrier()
+
+
+def _tokenizer(plan):
+    """The run's tokenizer as one of transformers."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    from yardstick.data_sources import END
+    name = plan.settings["tokenizer"] or (plan.settings["model"] if plan.settings["pretrained"] else None)
+    return AutoTokenizer.from_pretrained(name) if name else PreTrainedTokenizerFast(
+        tokenizer_object=plan.corpus.tokenizer, bos_token=END, eos_token=END)

@@ -255,3 +255,16 @@ def differences(items, paper):
             name = f"{kind}: padding of the shares"
         rows[name] = rows.get(name, 0) + gap
     return sorted(((name, nbytes) for name, nbytes in rows.items() if nbytes), key=lambda row: -abs(row[1]))
+
+
+def checkpoint_bytes(tensors, config):
+    """Bytes of one checkpoint, all ranks' files together: runtime/engine.py: save_checkpoint; padding and headers left out.
+
+    Stages 0 to 2 write the weights that compute and what the optimizer keeps, stage 3 the latter alone. A second fp32
+    copy is part of it from stage 1 on, and of 16-bit training everywhere.
+    """
+    _, stage, _, _ = sections(config)
+    s = element_bytes(config)
+    weights = 0 if stage == 3 else s
+    master = 4 if stage or s == 2 else 0
+    return tensors.count * (weights + master + 8)

@@ -1,7 +1,7 @@
 """When to look at a running engine: phases of a step, their seconds, and one step whose bytes are counted.
 
-    probe = Probe(engine, meter, steps=..., accumulation=...)
-    with probe("forward"): ...       # data, forward, backward, step: timed, and collectives are booked under it
+    probe = Probe(engine, meter, watchdog, steps=..., accumulation=...)
+    with probe("data", step): ...    # data begins a step; then forward, backward, step: timed, collectives booked under it
 
 The step `probe.looked` is looked at: activations during its first forward, what the engine holds after its last
 backward and after its update. Traffic and times count from `probe.first` on, when stage 3 has learnt the
@@ -22,8 +22,9 @@ WARM_UP = 2        # steps: stage 3 records the order of modules in the first fo
 class Probe:
     """Times every step; counts bytes once. `counting=False` leaves all counting out, for runs that time themselves."""
 
-    def __init__(self, engine, meter, *, steps, accumulation, counting=True):
-        self.engine, self.meter, self.accumulation, self.counting = engine, meter, accumulation, counting
+    def __init__(self, engine, meter, watchdog, *, steps, accumulation, counting=True):
+        self.engine, self.meter, self.watchdog = engine, meter, watchdog
+        self.accumulation, self.counting = accumulation, counting
         self.first = min(WARM_UP, max(0, steps - 1))
         self.looked = self.first if counting else -1
         self.step, self.forwards, self.backwards = -1, 0, 0
@@ -35,16 +36,18 @@ class Probe:
         self.profiled = self.first + 1 if counting and engine.device.type == "cuda" and steps > self.first + 1 else -1
         self.kernel_seconds = None
 
-    def __call__(self, phase):
-        return self._phase(phase)
+    def __call__(self, phase, step=None):
+        return self._phase(phase, step)
 
     @contextmanager
-    def _phase(self, phase):
+    def _phase(self, phase, step=None):
         if phase == "data":
+            self.of_run = step
             self._begin_step()
         self.forwards += phase == "forward"
         self.backwards += phase == "backward"
         self.meter.phase = phase
+        self.watchdog.moved(f"{phase} of step {self.of_run + 1}")
         watch = None
         if self.step == self.looked and phase == "forward" and self.forwards == 1:
             watch = SavedTensors(self.engine.module)

@@ -20,7 +20,7 @@ class Log:
     def progress(self, steps):
         if self.rank.rank == 0 and sys.stderr.isatty():
             from tqdm import tqdm
-            self.bar = tqdm(steps, unit="step", dynamic_ncols=True)
+            self.bar = tqdm(steps, unit="step", dynamic_ncols=True, initial=steps.start, total=steps.stop)
             return self.bar
         return steps
 
@@ -40,6 +40,15 @@ class Log:
         if self.writer:
             for name, value in (("loss", loss), ("learning_rate", learning_rate), ("tokens_per_second", speed)):
                 self.writer.add_scalar(name, value, step + 1)
+
+    def stopped(self, step, checkpoint, command):
+        """What a run that was asked to stop leaves, and how it goes on."""
+        if self.rank.rank:
+            return
+        if self.bar is not None:
+            self.bar.close()
+        print(f"stopped after step {step + 1} of {self.steps}; checkpoint: {checkpoint}\ncontinue with: "
+              f"{command}", file=sys.stderr, flush=True)
 
     def close(self):
         if self.writer:

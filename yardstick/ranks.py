@@ -20,6 +20,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+from yardstick import watchdog
+
 ROOT = Path(__file__).resolve().parent.parent
 GRACE_SECONDS = 10     # what surviving ranks get to notice a dead one before they are ended
 
@@ -91,6 +93,37 @@ def processor():
     return f"{platform.machine()} {flags}"
 
 
+_stop = []             # signals that asked this rank to stop after the step under way
+
+
+def listen():
+    """Take Ctrl-C, SIGTERM and `start`'s own request as a wish to stop after this step, from now on: `stop_requested`.
+
+    A rank of `start` ignores the terminal's Ctrl-C, as the one who started it passes it on. Under a launcher a second
+    Ctrl-C, two seconds or more after the first, ends the process at once.
+    """
+    def asked(number, _):
+        if number == signal.SIGINT and _stop and time.monotonic() - _stop[0][1] > 2:
+            raise KeyboardInterrupt
+        _stop.append((number, time.monotonic()))
+    started_here = "STARTED_BY" in os.environ
+    signal.signal(signal.SIGUSR1, asked)
+    signal.signal(signal.SIGINT, signal.SIG_IGN if started_here else asked)
+    if not started_here:
+        signal.signal(signal.SIGTERM, asked)             # torchrun and Slurm send it, and wait before they kill
+
+
+def stop_requested():
+    """The signal that asked this rank to stop, or None."""
+    return _stop[0][0] if _stop else None
+
+
+def stop_code():
+    """The exit code of a rank that stopped because it, or another, was asked to: 128 + the signal's number."""
+    started_here = "STARTED_BY" in os.environ                # `start` knows the signal
+    return 0 if started_here else 128 + (stop_requested() or signal.SIGINT)
+
+
 def free_port():
     """A TCP port nobody listens on at present."""
     with socket.socket() as probe:
@@ -118,7 +151,7 @@ def join(gpu, seconds=600):
     if world == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(free_port()))
-    timeout = datetime.timedelta(seconds=seconds)
+    timeout = datetime.timedelta(seconds=seconds + GRACE_SECONDS)    # a Watchdog of `seconds` speaks first
     make_group = torch.distributed.new_group
 
     def new_group(*args, **kwargs):                          # DeepSpeed makes groups without a timeout: torch's is 30 minutes
@@ -142,7 +175,7 @@ def _die_with_parent(parent):
             os._exit(1)
 
 
-def _fork(function, rank, world, port, failures):
+def _fork(function, rank, world, port, failures, graceful):
     parent = os.getpid()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -153,6 +186,10 @@ def _fork(function, rank, world, port, failures):
     try:
         _die_with_parent(parent)
         os.environ.update(_environment(rank, world, port))
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)    # not what this process did when it was the parent
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if graceful:
+            listen()
         function()
         code = 0
     except SystemExit as stop:
@@ -176,36 +213,51 @@ def _spawn(rank, world, port):
                             preexec_fn=lambda: _die_with_parent(parent)).pid
 
 
-def start(function, world, gpu=False, say=lambda text: print(text, file=sys.stderr)):
+def start(function, world, gpu=False, say=lambda text: print(text, file=sys.stderr), graceful=False):
     """Run `function` as `world` ranks; return 0 when all of them returned, else the exit code of the first that failed.
 
     With gpu=True each rank is this program started again with RANK set. When a rank ends badly the others get
     GRACE_SECONDS to see it (gloo and NCCL report a lost peer) and are ended then, so the job never hangs on a
-    dead rank. The message names the rank.
+    dead rank. The message names the rank. graceful: the first Ctrl-C or SIGTERM is passed on to ranks that call
+    `listen`, so that they stop by themselves, and the code is then 130 or 143; the second ends them.
     """
     port = free_port()
     failures = mmap.mmap(-1, 8 * world)                  # when each fork failed; 0: it could not say, a signal ended it
-    pids = {(_spawn(rank, world, port) if gpu else _fork(function, rank, world, port, failures)): rank
-            for rank in range(world)}
-    failed, deadline = 0, None
+    asked = []
 
-    def terminated(*_):
-        raise SystemExit(143)
-    before = signal.signal(signal.SIGTERM, terminated)   # so that callers clean up behind their ranks
+    def terminated(number, _):
+        if not graceful or asked:
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        asked.append(number)
+    before = {number: signal.signal(number, terminated) for number in (signal.SIGINT, signal.SIGTERM)}
+    before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, signal.SIG_IGN)       # a rank that does not listen yet survives it
+    pids, failed, deadline, told, late = {}, 0, None, False, []
     try:
+        for rank in range(world):
+            pids[_spawn(rank, world, port) if gpu else _fork(function, rank, world, port, failures, graceful)] = rank
         while pids:
+            if asked and not told:
+                told = True
+                say("stopping after this step; press Ctrl-C again to end at once")
+                for pid in pids:
+                    os.kill(pid, signal.SIGUSR1)
             ended = [(pid, status) for pid, status in (os.waitpid(pid, os.WNOHANG) for pid in pids) if pid]
             # of ranks found ended at once the first is the cause, the others lost their peer
             for pid, status in sorted(ended, key=lambda one: struct.unpack_from("d", failures, 8 * pids[one[0]])):
                 rank, code = pids.pop(pid), os.waitstatus_to_exitcode(status)
+                if code in (watchdog.HANGS, watchdog.WAITS):
+                    late.append((code, rank))
                 if code and not failed:
                     failed, deadline = (128 - code if code < 0 else code), time.monotonic() + GRACE_SECONDS
                     reason = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-                    say(f"rank {rank} of {world} {reason}"
-                        + (f"; ending the other {'rank' if world == 2 else 'ranks'}" if pids else ""))
+                    if code not in (watchdog.HANGS, watchdog.WAITS):
+                        say(f"rank {rank} of {world} {reason}"
+                            + (f"; ending the other {'rank' if world == 2 else 'ranks'}" if pids else ""))
             if deadline and time.monotonic() > deadline:
-                for pid in pids:
+                for pid, rank in pids.items():
                     os.kill(pid, signal.SIGKILL)
+                    if late and (watchdog.HANGS, rank) not in late:
+                        late.append((watchdog.HANGS, rank))          # it could not even print its stacks
             time.sleep(0.02)
     except BaseException:                                # Ctrl-C and the like: leave no rank behind
         for pid in pids:
@@ -215,8 +267,14 @@ def start(function, world, gpu=False, say=lambda text: print(text, file=sys.stde
                 pass
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
-    return failed
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if late:
+        hung = sorted(rank for code, rank in late if code == watchdog.HANGS)
+        names = f"rank{'s' if len(hung) > 1 else ''} {', '.join(map(str, hung))} of {world}"
+        say(f"no rank has moved for too long (timeout_seconds=): {names} hung" if hung else
+            "no rank has moved for too long (timeout_seconds=): each waited for another in a collective")
+    return failed or (128 + asked[0] if asked else 0)
 
 
 def choose_matmul_precision(rank):

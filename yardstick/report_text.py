@@ -7,7 +7,7 @@ from yardstick import deepspeed_traffic, formulas, ledger
 
 KIND_NAMES = {"parameter": "weights", "gradient": "gradients", "master": "fp32 master", "optimizer": "Adam's moments",
               "buffer": "buffers"}
-OWN = {"loss": "this program's own: the mean loss", "start-up": "the order of modules, compared between ranks in the first steps"}
+OWN = {"control": "this program's own: the mean loss, the flags to stop and to skip", "start-up": "the order of modules, compared between ranks in the first steps"}
 
 
 def text_of(plan, summary, history, evaluation, sample):

@@ -47,6 +47,15 @@ def nearest(word, words):
     return found[0] if found else None
 
 
+def given(arguments):
+    """The names of the settings that `key=value` strings give, as `override` reads them.
+
+    >>> sorted(given(["steps=5", "--micro-batch=2"]))
+    ['micro_batch', 'steps']
+    """
+    return {argument.partition("=")[0].lstrip("-").replace("-", "_") for argument in arguments if "=" in argument}
+
+
 def _convert(key, text, entry, where):
     if isinstance(entry, Choice):
         if text in entry.words:

@@ -7,6 +7,7 @@ most of them up at each call but all_gather_into_tensor and reduce_scatter_tenso
 
 import time
 from collections import defaultdict
+from contextlib import contextmanager
 
 from yardstick.formulas import ring_bytes
 
@@ -62,6 +63,15 @@ class Meter:
     def named(self, what):
         """A context in which calls are the program's own (the mean of the loss, say), not the strategy's."""
         return _Named(self, what)
+
+    @contextmanager
+    def paused(self):
+        """A context in which nothing is counted: what is sent there is no part of a step."""
+        counting, self.counting = self.counting, False
+        try:
+            yield
+        finally:
+            self.counting = counting
 
     def per_step(self, steps, world):
         """[{kind, phase, what, calls, payload_bytes, ring_bytes}] of one of `steps` counted steps, per rank."""

@@ -115,7 +115,7 @@ def plan(**changes):
         torch.set_float32_matmul_precision("highest")
         return "highest"
     ranks.choose_matmul_precision = plain
-    return checks.check(settings(**changes))
+    return checks.check(settings(**changes), given=set(changes))
 
 
 def environment(**changes):
@@ -179,8 +179,8 @@ def counting(changes, dispatch=False):
         seen = {}
 
         class Kept(probe.Probe):
-            def __init__(self, engine, meter, **options):
-                super().__init__(engine, meter, **options)
+            def __init__(self, engine, meter, watchdog, **options):
+                super().__init__(engine, meter, watchdog, **options)
                 seen.update(probe=self, meter=meter)
         probe.Probe = Kept                               # the program keeps its probe to itself
         watch = _dispatch_counter(seen) if dispatch else nullcontext()

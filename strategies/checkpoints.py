@@ -1,0 +1,405 @@
+"""Checkpoints of a run: saved whole or not at all, resumed exactly, refused when damaged or not this program's own.
+
+    <run folder>/checkpoints/step_00000020/      made under another name, renamed when complete
+        manifest.json        settings, DeepSpeed config, losses so far, every file's size and SHA-256, and a seal
+        deepspeed/           what engine.save_checkpoint writes; loading it unpickles (torch.load, weights_only=False)
+        nvme/                in place of that for strategy=infinity: see nvme_state.py
+        random/              each rank's random state
+    <run folder>/checkpoints/latest              the name of the newest one, for people and other tools
+
+The seal is an HMAC of the manifest with a key that lies in this checkout (runs/cache/): pickles run code, so what
+another program wrote is not loaded unless the user names it (trust=).
+"""
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from strategies import effective, nvme_state
+from yardstick import deepspeed_memory
+from yardstick.settings import SettingsError
+
+ROOT = Path(__file__).resolve().parent.parent
+TAG = "deepspeed"
+KEY = ROOT / "runs" / "cache" / "checkpoint_key"
+# Settings on which the losses depend: a resumed run keeps them.
+SAME = ("strategy", "model", "pretrained", "data", "tokenizer", "seed", "learning_rate", "schedule", "warmup_steps",
+        "gradient_clipping", "precision", "seq", "global_batch")
+# Settings that belong to one start of the program, and are not taken over from the run that is resumed.
+OWN = ("resume", "trust", "export", "output", "record", "nvme_path", "timeout_seconds", "count")
+# Keys of the DeepSpeed config that may differ: the batch is compared as a whole, paths are this start's.
+FREE = {"train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "checkpoint", "nvme_path"}
+
+
+@dataclass
+class Resume:
+    """A checkpoint that this run continues from."""
+
+    path: Path                  # of the step's folder
+    manifest: dict
+    convert: bool = False       # to a universal checkpoint: the number of ranks differs
+
+    @property
+    def step(self):
+        return self.manifest["step"]
+
+
+def seal(manifest):
+    """HMAC-SHA-256 of a manifest without its seal, hexadecimal, by the key of this checkout (made at first use)."""
+    if not KEY.exists():
+        KEY.parent.mkdir(parents=True, exist_ok=True)
+        mine = KEY.with_suffix(f".{os.getpid()}")
+        mine.touch(mode=0o600)
+        mine.write_text(secrets.token_hex(32))
+        try:
+            os.link(mine, KEY)                               # whoever comes first
+        except FileExistsError:
+            pass
+        mine.unlink()
+    text = json.dumps({k: v for k, v in manifest.items() if k != "seal"}, sort_keys=True)
+    return hmac.new(KEY.read_text().strip().encode(), text.encode(), hashlib.sha256).hexdigest()
+
+
+def find(settings, given, world, say=print):
+    """The Resume that settings["resume"] asks for, or None; `settings` gets what the run had and `given` does not name.
+
+    given: names of the settings that the user gave; say: is told why auto begins anew. Raises SettingsError for a checkpoint that is none, is not
+    complete, or contradicts what was given.
+    """
+    wanted = settings["resume"]
+    if wanted == "none":
+        return None
+    if wanted != "auto":
+        path = _named(Path(wanted).resolve())
+        found = Resume(path, read(path, settings["trust"]))
+        differs = _contradictions(found.manifest, settings, given)
+        if differs:
+            raise SettingsError(f"resume={wanted}: {differs}. A resumed run keeps what its losses depend on: leave that out, or "
+                                "start anew with resume=none.")
+        _take_over(found.manifest, settings, given, world)
+        return found
+    base = Path(settings["output"]).resolve() if settings["output"] else None
+    home = ROOT / "runs" / "strategies" / effective.FOLDERS[settings["strategy"]]
+    paths = steps_in(base / "checkpoints") if base else [p for run in home.glob("*/checkpoints") for p in steps_in(run)]
+    reason = f"there is no checkpoint under {shown(base or home)}"
+    for path in sorted(paths, key=lambda p: (p / "manifest.json").stat().st_mtime_ns, reverse=True):
+        manifest = read(path, settings["trust"])
+        differs = _contradictions(manifest, settings, given)
+        if not differs:
+            _take_over(manifest, settings, given, world)
+            settings["output"] = str(path.parent.parent)     # the run goes on where it was
+            return Resume(path, manifest)
+        if base:
+            raise SettingsError(f"resume=auto: {shown(path)} belongs to another run: {differs}. Give another output=, or remove "
+                                "that folder to start anew there.")
+        if reason.startswith("there is"):
+            reason = f"the newest checkpoint, {shown(path)}, is of another run: {differs}"
+    settings["resume"] = "none"
+    say(f"resume=auto: {reason}; this run begins at step 1")
+    return None
+
+
+def steps_in(folder):
+    """The complete checkpoints of a run, oldest first. What is under way has another name."""
+    return sorted(path for path in Path(folder).glob("step_*") if (path / "manifest.json").is_file())
+
+
+def _named(path):
+    """The checkpoint that a user means: a step's folder, a run's folder, or its folder of checkpoints (the newest)."""
+    if (path / "manifest.json").is_file():
+        return path
+    inside = steps_in(path / "checkpoints") or steps_in(path)
+    if not inside:
+        what = "does not exist" if not path.exists() else "holds no checkpoint of this program (no manifest.json)"
+        raise SettingsError(f"resume={path} {what}. Give the folder of a run, or of one of its steps. Weights from elsewhere come in "
+                            "as safetensors: model=FOLDER pretrained=True.")
+    return inside[-1]
+
+
+def read(path, trust=None):
+    """The manifest of a checkpoint, after checking that this program sealed it and that all its files have their sizes.
+
+    trust: a path; a checkpoint with another seal is read only when that names it.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        files, step, sealed = manifest["files"], manifest["step"], manifest["seal"]
+        settings, world = manifest["settings"], manifest["world"]
+        assert isinstance(files, dict) and isinstance(step, int) and isinstance(settings, dict) and isinstance(world, int)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise SettingsError(f"{path} is damaged: its manifest.json cannot be read ({type(error).__name__}: {error}). "
+                            + _instead(path)) from None
+    if not hmac.compare_digest(str(sealed), seal(manifest)) and (trust is None or Path(trust).resolve() not in
+                                                                 (path, path.parent, path.parent.parent)):
+        raise SettingsError(f"{path} was not written by this checkout, or was changed since: its seal is not ours. Loading it "
+                            "unpickles, which runs whatever code its author put in. Take its weights as safetensors instead "
+                            f"(export=, then model=FOLDER pretrained=True), or, if you trust it, add trust={path}.")
+    for name, (size, _) in files.items():
+        there = (path / name).stat().st_size if (path / name).is_file() else None
+        if there != size:
+            raise SettingsError(f"{path} is damaged: {name} {'is missing' if there is None else f'has {there:,} bytes'} and was "
+                                f"{size:,} bytes when saved. " + _instead(path))
+    return manifest
+
+
+def verify(resume):
+    """Compare every file with its hash: what is unpickled is what was saved."""
+    for name, (_, known) in resume.manifest["files"].items():
+        if digest(resume.path / name) != known:
+            raise SettingsError(f"{resume.path} is damaged: the content of {name} is not what was saved. " + _instead(resume.path))
+
+
+def _instead(path):
+    others = [other for other in steps_in(path.parent) if other != path]
+    return f"Remove that folder; resume from {others[-1]}." if others else "Remove that folder and start anew with resume=none."
+
+
+def digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shown(path):
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
+def _contradictions(manifest, settings, given):
+    """What of `given` a checkpoint's run had otherwise, in words; "" if nothing."""
+    had = {**manifest["settings"], **manifest["resolved"]}
+    for key in SAME:
+        if (key in given or key == "strategy") and settings[key] not in (had.get(key), None, "auto"):
+            return f"{key}={settings[key]} was given, and it has {key}={had.get(key)}"
+    return ""
+
+
+def _take_over(manifest, settings, given, world):
+    had, resolved = manifest["settings"], manifest["resolved"]
+    for key, value in had.items():
+        if key in settings and key not in given and key not in OWN:
+            settings[key] = value
+    for key in ("precision", "seq", "global_batch", "model"):
+        settings[key] = resolved[key]
+    if not {"micro_batch", "accumulation"} & set(given):     # other sums round otherwise: kept where the ranks are the same
+        settings["micro_batch"] = resolved["micro_batch"] if world == manifest["world"] else None
+        settings["accumulation"] = None
+
+
+def fit(resume, plan):
+    """Refuse a resume that this number of ranks, this config or these steps cannot continue; sets resume.convert."""
+    manifest, strategy = resume.manifest, plan.settings["strategy"]
+    resume.convert = manifest["world"] != plan.world and strategy not in ("dp", "infinity")
+    if strategy == "infinity" and manifest["world"] != plan.world:
+        raise SettingsError(f"{resume.path} was written by {manifest['world']} ranks and this run has {plan.world}. strategy=infinity "
+                            f"keeps its ranks: DeepSpeed cannot cut NVMe shares anew. Start with RANKS={manifest['world']}.")
+    differs = differences(manifest["config"], plan.config)
+    if differs:
+        raise SettingsError(f"resume={plan.settings['resume']}: the DeepSpeed config differs from the checkpoint's in {differs[0]}. A "
+                            "resumed run keeps its config: take that change back, or start anew with resume=none.")
+    if resume.step >= plan.settings["steps"] and not plan.settings["export"]:
+        raise SettingsError(f"nothing is left to do: {shown(resume.path)} is of step {resume.step}, and steps={plan.settings['steps']}. "
+                            "Give more steps=, or export=FOLDER to write the model.")
+
+
+def differences(a, b, path=""):
+    """Keys in which two configs differ, as "section.key: 1 there, 2 here"."""
+    found = []
+    for key in sorted(a.keys() | b.keys()):
+        name, one, two = f"{path}{key}", a.get(key), b.get(key)
+        if key in FREE:
+            continue
+        if isinstance(one, dict) and isinstance(two, dict):
+            found += differences(one, two, name + ".")
+        elif one != two:
+            found.append(f"{name}: {json.dumps(one)} there, {json.dumps(two)} here")
+    return found
+
+
+def check_space(folder, nbytes, copies=1):
+    """Refuse where `copies` more checkpoints of `nbytes` do not fit, with a tenth in reserve."""
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < 1.1 * copies * nbytes:
+        raise SettingsError(f"{copies} checkpoint{'s' if copies > 1 else ''} of {nbytes / 1e9:.2f} GB are to be on the disk at once and "
+                            f"{there} has {free / 1e9:.2f} GB free (10 % is kept in reserve). Free some, give output= on a larger disk, "
+                            "or save_every=0.")
+
+
+class Checkpoints:
+    """Saves and loads one run's checkpoints. Every rank makes one and calls each method at the same step."""
+
+    def __init__(self, plan, engine, rank, watchdog):
+        self.plan, self.engine, self.rank, self.watchdog = plan, engine, rank, watchdog
+        self.folder = self._agreed(plan.folder) / "checkpoints"
+        self.nvme = plan.settings["strategy"] == "infinity"
+        self.nbytes = deepspeed_memory.checkpoint_bytes(plan.tensors, plan.config)
+
+    def _agreed(self, folder):
+        """Rank 0's: launchers of several machines each make a name of their own for a run."""
+        import torch
+        shared = [str(folder)]
+        torch.distributed.broadcast_object_list(shared, 0)
+        return Path(shared[0])
+
+    def due(self, step):
+        """True where the settings want a checkpoint after `step` (counted from 0)."""
+        every = self.plan.settings["save_every"]
+        return bool(every) and ((step + 1) % every == 0 or step + 1 == self.plan.settings["steps"])
+
+    def save(self, step, losses):
+        """Write the state after `step` (counted from 0) and return its folder. Ends the run where that fails."""
+        import torch
+        name = f"step_{step + 1:08d}"
+        part, final = self.folder / f".saving_{name}", self.folder / name
+        self.watchdog.moved(f"the checkpoint after step {step + 1}")
+        try:
+            if self.rank.rank == 0:
+                for stale in self.folder.glob(".*"):         # of a save that was killed
+                    shutil.rmtree(stale, ignore_errors=True)
+                check_space(self.folder, self.nbytes)
+                (part / "random").mkdir(parents=True)
+            torch.distributed.barrier()
+            self._write(part)
+            torch.distributed.barrier()
+            files = self._hash(part)
+            if self.rank.rank == 0:
+                self._complete(part, final, step + 1, losses, files)
+        except (OSError, RuntimeError, SettingsError) as error:
+            before = steps_in(self.folder)
+            raise SystemExit(f"[rank {self.rank.rank}/{self.rank.world}] the checkpoint after step {step + 1} could not be written to "
+                             f"{self.folder}: {str(error).strip().splitlines()[0]} ({self._free()}). "
+                             + (f"{before[-1].name} before it is whole: resume=auto continues from there." if before else
+                                "There is none before it.")) from None
+        torch.distributed.barrier()
+        self.watchdog.moved(f"the end of step {step + 1}")
+        return final
+
+    def _free(self):
+        there = next(parent for parent in (self.folder, *self.folder.parents) if parent.exists())
+        return f"{shutil.disk_usage(there).free / 1e9:.2f} GB free, {self.nbytes / 1e9:.2f} GB needed"
+
+    def _write(self, part):
+        import torch
+        from safetensors.torch import save_file
+        if self.nvme:
+            nvme_state.save(self.engine, part / "nvme", self.rank.rank)
+        else:
+            self.engine.save_checkpoint(str(part), tag=TAG, save_latest=False)
+        state = {"cpu": torch.get_rng_state()}
+        if self.rank.gpu:
+            state["cuda"] = torch.cuda.get_rng_state()
+        save_file(state, part / "random" / f"rank{self.rank.rank:05d}.safetensors")
+
+    def _hash(self, part):
+        """{file: [bytes, SHA-256]} of all ranks' files, flushed to the disk; the ranks share the work. Collective."""
+        import torch
+        names = sorted(path.relative_to(part).as_posix() for path in part.rglob("*") if path.is_file())
+        absent = [r for r in range(self.rank.world) if f"random/rank{r:05d}.safetensors" not in names]
+        if absent:
+            raise OSError(f"the files of rank {absent[0]} are not seen by rank {self.rank.rank}: output= must be on a disk that all "
+                          "machines share")
+        mine = {}
+        for name in names[self.rank.rank::self.rank.world]:
+            with open(part / name, "rb") as file:
+                os.fsync(file.fileno())
+            mine[name] = [(part / name).stat().st_size, digest(part / name)]
+        everyone = [None] * self.rank.world
+        torch.distributed.all_gather_object(everyone, mine)
+        return {name: entry for one in everyone for name, entry in one.items()}
+
+    def _complete(self, part, final, step, losses, files):
+        import deepspeed
+        import torch
+        plan = self.plan
+        written = sum(size for size, _ in files.values())
+        manifest = {"step": step, "world": plan.world, "run": plan.run, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                    "settings": plan.settings,
+                    "resolved": {"model": plan.settings["model"], "precision": plan.precision, "seq": plan.seq,
+                                 "global_batch": plan.global_batch, "micro_batch": plan.micro_batch,
+                                 "strategy": plan.settings["strategy"]},
+                    "config": plan.config, "loss": losses, "bytes": written, "files": files,
+                    "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__}}
+        manifest["seal"] = seal(manifest)
+        with open(part / "manifest.json", "w") as file:
+            json.dump(manifest, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        if final.exists():                                   # this step was saved before a resume from an earlier one
+            final.rename(self.folder / f".old_{final.name}")
+        part.rename(final)                                   # from here on it is a checkpoint
+        _flush(self.folder)
+        pointer = self.folder / ".latest"
+        pointer.write_text(final.name + "\n")
+        os.replace(pointer, self.folder / "latest")
+        for old in [*steps_in(self.folder)[:-plan.settings["keep"]], *self.folder.glob(".old_*")]:
+            if old != final:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def load(self, resume):
+        """Continue from a checkpoint: (steps done, their losses)."""
+        import torch
+        from safetensors.torch import load_file
+        self.watchdog.moved(f"loading {resume.path.name}")
+        if self.nvme:
+            nvme_state.load(self.engine, resume.path / "nvme", self.rank.rank)
+        elif resume.convert:
+            self._load_universal(resume)
+        else:
+            self.engine.load_checkpoint(str(resume.path), tag=TAG)
+        random = resume.path / "random" / f"rank{self.rank.rank:05d}.safetensors"
+        if random.exists():                                  # else: there are more ranks than were saved
+            state = load_file(random)
+            torch.set_rng_state(state["cpu"])
+            if self.rank.gpu and "cuda" in state:
+                torch.cuda.set_rng_state(state["cuda"])
+        if self.engine.global_steps != resume.step:
+            raise SystemExit(f"{resume.path} is of step {resume.step} and DeepSpeed has loaded step {self.engine.global_steps}.")
+        return resume.step, list(resume.manifest["loss"])
+
+    def _load_universal(self, resume):
+        """Rank 0 writes the checkpoint anew without ranks (a file per tensor); all load their shares of that."""
+        import torch
+        folder = self.folder / f".universal_{resume.path.name}"
+        if self.rank.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            self._convert(resume.path / TAG, folder / TAG)
+        torch.distributed.barrier()
+        self.engine.load_checkpoint(str(folder), tag=TAG)
+        torch.distributed.barrier()
+        if self.rank.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _convert(self, source, target):
+        stage = self.plan.config["zero_optimization"]["stage"]
+        words = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(source), "--output_folder",
+                 str(target), "--num_extract_workers", "1", "--num_merge_workers", "1",
+                 *(["--inject_missing_state"] if stage < 3 else [])]
+        of_ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        environment = {key: value for key, value in os.environ.items() if key not in of_ranks}
+        log = target.parent / "log"
+        with open(log, "w") as out:
+            process = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment)
+            while process.poll() is None:
+                self.watchdog.moved("the conversion to a universal checkpoint")
+                time.sleep(0.1)
+        if process.returncode:
+            last = log.read_text(errors="replace").strip().splitlines()[-1:]
+            raise SystemExit(f"{source.parent} could not be converted for {self.plan.world} ranks: {' '.join(last)}. Start with "
+                             f"RANKS={self.plan.resume.manifest['world']}, which needs no conversion.")
+
+
+def _flush(folder):
+    """Make renames in `folder` last through a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

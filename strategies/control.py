@@ -1,0 +1,87 @@
+"""Once a step, between backward and update, all ranks agree: the mean loss, whether to stop, and what is not finite.
+
+One all-reduce of three numbers, booked in the ledger as the program's own. What DeepSpeed does with a gradient that is
+not finite depends on the stage: ZeRO, and any 16-bit training, skips the update without a word; stage 0 in fp32
+takes it, and the weights are lost. Here it is said, with step and rank, and stage 0 skips it too.
+"""
+
+import math
+import sys
+
+from yardstick import ranks
+
+LIMIT = 10             # updates skipped in a row that end the run; fp16 begins with a loss scale that is meant to overflow
+LIMIT_FP16 = 50
+
+
+class Control:
+    """What the ranks of a run decide together. Every rank calls `agree` at each step."""
+
+    def __init__(self, plan, engine, meter, rank):
+        import torch
+        self.plan, self.engine, self.meter, self.rank = plan, engine, meter, rank
+        self.stop = False                                    # some rank was asked to stop
+        self.skipped_in_a_row = 0
+        self.bad = False                                     # some rank's gradient of this step is not finite
+        self._sum = torch.zeros((), device=engine.device)    # not finite as soon as one gradient is not
+        for parameter in engine.module.parameters():
+            parameter.register_hook(self._look)
+        if not hasattr(engine.optimizer, "overflow"):        # stage 0 in fp32: a plain optimizer
+            self._skip_like_zero(engine.optimizer)
+
+    def _look(self, gradient):
+        """A gradient of this rank alone, before it is reduced: one pass over it, no wait for the device."""
+        self._sum += gradient.detach().sum(dtype=self._sum.dtype)
+
+    def _skip_like_zero(self, optimizer):
+        update, optimizer.overflow = optimizer.step, False
+
+        def step(*args, **kwargs):
+            optimizer.overflow = self.bad                    # engine._take_model_step reads it, as of ZeRO's optimizers
+            return None if self.bad else update(*args, **kwargs)
+        step._wrapped_by_lr_sched = True                     # else torch's schedule warns that it was replaced
+        optimizer.step = step
+
+    def agree(self, step, losses):
+        """The mean loss over ranks and micro-batches of `step` (counted from 0), a float; sets `stop` and `bad`.
+
+        losses: this rank's, one for each micro-batch. Call it after the last backward and before engine.step.
+        """
+        import torch
+        mine = torch.stack(losses).float().mean()
+        wrong = ~torch.isfinite(self._sum)
+        with self.meter.named("control"):
+            shared = torch.stack([mine, mine.new_tensor(ranks.stop_requested() is not None), wrong.to(mine)])
+            torch.distributed.all_reduce(shared)             # DeepSpeed does not average losses
+        total, asked, wrong = shared.tolist()
+        self.stop, self.bad = asked > 0, wrong > 0
+        if self.bad or not math.isfinite(total):
+            self._report(step, mine.item())
+        self._sum.zero_()
+        return total / self.rank.world
+
+    def _report(self, step, mine):
+        import torch
+        everyone = [None] * self.rank.world
+        with self.meter.named("control"):
+            torch.distributed.all_gather_object(everyone, (mine, bool(torch.isfinite(self._sum))))
+        parts = []
+        for rank, (loss, gradient) in enumerate(everyone):
+            if not math.isfinite(loss):
+                parts.append(f"the loss of rank {rank} is {loss}")
+            elif not gradient:
+                parts.append(f"the gradient of rank {rank} is not finite (its loss is {loss:.4f})")
+        if self.rank.rank == 0:
+            then = ("this update is skipped on every rank" if self.bad else "every gradient is finite: the update is taken")
+            if self.plan.precision == "fp16" and self.bad:
+                then += ", and the loss scale halved"
+            print(f"step {step + 1}: {'; '.join(parts)}; {then}", file=sys.stderr, flush=True)
+
+    def after_update(self, step):
+        """End a run that does nothing but skip. Call it after engine.step."""
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if self.bad else 0
+        limit = LIMIT_FP16 if self.plan.precision == "fp16" else LIMIT
+        if self.skipped_in_a_row >= limit:
+            raise SystemExit(f"[rank {self.rank.rank}/{self.rank.world}] {limit} updates in a row were skipped, the last at step "
+                             f"{step + 1}: the weights do not change any more. Resume from an earlier checkpoint with another seed= or "
+                             "data=, or start anew with a smaller learning_rate=.")
