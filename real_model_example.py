@@ -95,7 +95,10 @@ def main():
         ranks.listen()
         return train(plan)["code"]
     try:
-        return ranks.start(lambda: sys.exit(train(plan)["code"]), plan.world, gpu=plan.gpu, graceful=True)
+        code = ranks.start(lambda: sys.exit(train(plan)["code"]), plan.world, gpu=plan.gpu, graceful=True)
+        if code not in (0, 130, 143):
+            checks.say_what_is_left(plan)
+        return code
     finally:
         if plan.swap:                      # however the ranks ended; they are of no use to a later run
             shutil.rmtree(plan.swap, ignore_errors=True)

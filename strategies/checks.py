@@ -1,6 +1,7 @@
 """All that can be wrong with a run, checked before any rank starts; what follows from its settings is a `Plan`."""
 
 import os
+import resource
 import shlex
 import shutil
 import sys
@@ -177,6 +178,13 @@ def resume_command(plan):
     return world + shlex.join(["bash", f"strategies/{effective.FOLDERS[plan.settings['strategy']]}/run.sh", "resume=auto", *where])
 
 
+def say_what_is_left(plan):
+    """After a run that failed: from where it can go on."""
+    done = checkpoints.steps_in(plan.folder / "checkpoints")
+    if done:
+        say(f"the newest checkpoint is {checkpoints.shown(done[-1])}; continue with: {resume_command(plan)}")
+
+
 def quiet_libraries():
     """Import the slow libraries, with the log lines of theirs that users cannot act on turned off."""
     import logging
@@ -265,6 +273,10 @@ def check_disk(tensors, config, world, nvme):
     check_writable(nvme, "nvme_path=")
     there = next(parent for parent in (nvme, *nvme.parents) if parent.exists())
     free = shutil.disk_usage(there).free
+    limit, largest = resource.getrlimit(resource.RLIMIT_FSIZE)[0], deepspeed_memory.largest_swap_file(tensors, config, world)
+    if 0 <= limit < largest:                                 # RLIM_INFINITY is -1
+        raise SettingsError(f"a swap file takes {largest / 1e6:.0f} MB and this shell allows files of {limit / 1e6:.0f} MB. "
+                            "Raise it with `ulimit -f unlimited`, or give a smaller sub_group_size=.")
     if free < 1.1 * needed:
         raise SettingsError(f"the swap files of {local} ranks take {needed / 1e9:.2f} GB and {there} has {free / 1e9:.2f} GB "
                             "free (10 % is kept in reserve). Free some, or give nvme_path= on a larger disk.")

@@ -6,9 +6,10 @@ takes it, and the weights are lost. Here it is said, with step and rank, and sta
 """
 
 import math
+import shutil
 import sys
 
-from yardstick import ranks
+from yardstick import deepspeed_memory, ranks
 
 LIMIT = 10             # updates skipped in a row that end the run; fp16 begins with a loss scale that is meant to overflow
 LIMIT_FP16 = 50
@@ -23,6 +24,7 @@ class Control:
         self.stop = False                                    # some rank was asked to stop
         self.skipped_in_a_row = 0
         self.bad = False                                     # some rank's gradient of this step is not finite
+        self._swap = SwapSpace(plan, rank) if plan.swap else None
         self._sum = torch.zeros((), device=engine.device)    # not finite as soon as one gradient is not
         for parameter in engine.module.parameters():
             parameter.register_hook(self._look)
@@ -48,6 +50,8 @@ class Control:
         losses: this rank's, one for each micro-batch. Call it after the last backward and before engine.step.
         """
         import torch
+        if self._swap:
+            self._swap.check(f"step {step + 1}")
         mine = torch.stack(losses).float().mean()
         wrong = ~torch.isfinite(self._sum)
         with self.meter.named("control"):
@@ -85,3 +89,29 @@ class Control:
             raise SystemExit(f"[rank {self.rank.rank}/{self.rank.world}] {limit} updates in a row were skipped, the last at step "
                              f"{step + 1}: the weights do not change any more. Resume from an earlier checkpoint with another seed= or "
                              "data=, or start anew with a smaller learning_rate=.")
+
+
+class SwapSpace:
+    """Foresees a full NVMe disk: DeepSpeed does not notice a short write, and its next read aborts the process in C.
+
+    Files have their final sizes after the first update. Until then the disk must have room for what is missing.
+    """
+
+    def __init__(self, plan, rank):
+        self.rank, self.folder = rank, plan.swap
+        items = deepspeed_memory.memory(plan.tensors, plan.config, ranks=rank.world, rank=rank.rank)
+        self.expected = sum(item.nbytes for item in items if item.place == "nvme")
+        self.complete = False
+        self.check("the start")
+
+    def check(self, when):
+        """End the run where the disk has too little left for this rank's files. Costs nothing once they are complete."""
+        if self.complete:
+            return
+        present = sum(path.stat().st_size for path in self.folder.glob(f"**/rank{self.rank.rank}/*") if path.is_file())
+        missing, free = self.expected - present, shutil.disk_usage(self.folder).free
+        self.complete = missing <= 0
+        if free < missing:
+            raise SystemExit(f"[rank {self.rank.rank}/{self.rank.world}] the disk of {self.folder} is filling up: at {when} this rank's "
+                             f"swap files still need {missing / 1e6:.0f} MB and {free / 1e6:.0f} MB are free. The run ends here, as "
+                             "DeepSpeed would abort without a word. Free some, or give nvme_path= on a larger disk.")

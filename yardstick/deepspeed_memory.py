@@ -268,3 +268,12 @@ def checkpoint_bytes(tensors, config):
     weights = 0 if stage == 3 else s
     master = 4 if stage or s == 2 else 0
     return tensors.count * (weights + master + 8)
+
+
+def largest_swap_file(tensors, config, ranks):
+    """Bytes of the largest file that an NVMe run writes on one rank: a sub-group's fp32 weights, or a weight's share."""
+    zero, _, offload, offload_param = sections(config)
+    shares = [ceil_div(n, ranks) for n in tensors.numels]
+    groups = sub_groups(shares, zero.get("sub_group_size", 10**9))
+    of_optimizer = 4 * max(sum(shares[i] for i in group) for group in groups) if offload == "nvme" else 0
+    return max(of_optimizer, element_bytes(config) * max(shares) if offload_param == "nvme" else 0)

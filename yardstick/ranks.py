@@ -247,6 +247,8 @@ def start(function, world, gpu=False, say=lambda text: print(text, file=sys.stde
                 rank, code = pids.pop(pid), os.waitstatus_to_exitcode(status)
                 if code in (watchdog.HANGS, watchdog.WAITS):
                     late.append((code, rank))
+                elif late and code == 1 and not gpu and not any(failures[8 * rank:8 * rank + 8]):
+                    late.append((watchdog.HANGS, rank))              # ended by faulthandler: an exception would have left its time
                 if code and not failed:
                     failed, deadline = (128 - code if code < 0 else code), time.monotonic() + GRACE_SECONDS
                     reason = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

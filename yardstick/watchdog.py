@@ -15,9 +15,20 @@ import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 
 HANGS, WAITS = 75, 76          # exit codes: stands still by itself; stands in a collective that another rank does not enter
 SLACK_SECONDS = 5              # what faulthandler leaves this thread to speak first
+
+
+def _collective(stack):
+    """What a thread waits for other ranks in, or None: a call of torch.distributed, or the handle of one."""
+    for frame in reversed(stack):
+        if frame.filename.endswith("distributed_c10d.py") and frame.name != "wrapper" and not frame.name.startswith("_"):
+            return frame.name
+        if frame.name == "wait" and {"deepspeed", "torch"} & set(Path(frame.filename).parts):
+            return "a collective begun before"
+    return None
 
 
 class Watchdog:
@@ -58,9 +69,7 @@ class Watchdog:
     def _give_up(self):
         frames = {thread: frame for thread, frame in sys._current_frames().items() if thread != threading.get_ident()}
         stacks = {thread: traceback.extract_stack(frame) for thread, frame in frames.items()}
-        waits = next((frame.name for stack in stacks.values() for frame in reversed(stack)
-                      if frame.filename.endswith("distributed_c10d.py") and not frame.name.startswith("_")
-                      and frame.name != "wrapper"), None)
+        waits = next(filter(None, (_collective(stack) for stack in stacks.values())), None)
         doing = f"waits for other ranks in {waits}" if waits else "hangs"
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         lines = [f"{self.name} {time.strftime('%H:%M:%S')} {doing}, in {self.where}: it has not moved for {self.seconds:g} s "
