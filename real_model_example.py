@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))     # run from any dire
 
 from strategies import checks, models
 from yardstick import launchers, ranks
-from yardstick.settings import Choice, Either, SettingsError, given, override
+from yardstick.settings import Choice, Either, SettingsError, given, override, usage
 
 CONFIG = {
     # what trains, and how it is distributed
@@ -89,6 +89,9 @@ def learning_rate_factor(settings):
 def main():
     launchers.adopt()                      # srun's variables become torchrun's
     arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    if text := usage(arguments, __file__):
+        print(text)
+        return 0
     settings = override(CONFIG, arguments, where="real_model_example.py")
     plan = checks.check(settings, given(arguments))     # imports, refuses what cannot work; before any rank starts
     if ranks.is_rank():
@@ -114,7 +117,7 @@ def train(plan, after_backward=None, finish=True):
 
     from strategies.checkpoints import Checkpoints
     from strategies.control import Control
-    from yardstick import data, op_cache, report
+    from yardstick import data, matmul, op_cache, report
     from yardstick.probe import Probe
     from yardstick.progress import Log
     from yardstick.traffic import Meter
@@ -126,7 +129,7 @@ def train(plan, after_backward=None, finish=True):
     op_cache.load(plan.ops)
     rank = ranks.join(plan.gpu, settings["timeout_seconds"])
     watchdog = Watchdog(rank, settings["timeout_seconds"]).start()
-    matmul = ranks.choose_matmul_precision(rank)
+    precision = matmul.choose(rank)
     torch.manual_seed(settings["seed"])
     model = models.build(plan)
     engine, _, _, scheduler = deepspeed.initialize(
@@ -169,16 +172,17 @@ def train(plan, after_backward=None, finish=True):
             with meter.paused():
                 folder = checkpoints.save(step, history)
             if control.stop:
-                log.stopped(step, folder, checks.resume_command(plan))
                 break
     probe.end_step()
     meter.counting = False
 
     stopped = step + 1 < settings["steps"]
+    if stopped:
+        log.stopped(step, folder, checks.resume_command(plan))
     if finish and not stopped and step >= first:
         evaluation = models.evaluate(engine, plan, rank, watchdog)
         sample = models.sample(engine, plan, watchdog)
-        report.finish(plan, rank, engine, probe, meter, history, matmul, evaluation, sample)
+        report.finish(plan, rank, engine, probe, meter, history, precision, evaluation, sample)
     if settings["export"] and not stopped:
         models.export(engine, plan, rank)
     log.close()

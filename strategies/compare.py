@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from strategies.effective import FOLDERS
 from yardstick import results
-from yardstick.settings import Choice, Either, SettingsError, override
+from yardstick.settings import Choice, Either, SettingsError, override, usage
 
 CONFIG = {
     "model": "tiny",                      # as in real_model_example.py
@@ -56,6 +56,9 @@ TITLES = {"dp": "Data parallel: every rank holds everything", "zero1": "ZeRO-1: 
 
 
 def main():
+    if text := usage(sys.argv[1:], __file__):
+        print(text)
+        return 0
     settings = override(CONFIG, sys.argv[1:], where="strategies/compare.py")
     if settings["table"]:
         print(table(records_of(settings["table"])))

@@ -47,7 +47,7 @@ def traffic(tensors, config, *, ranks, accumulation=1, first=False):
     """
     zero, stage, offload, _ = sections(config)
     s, n = element_bytes(config), tensors.count
-    clip = config.get("gradient_clipping", 0.0) > 0
+    clip = config.get("gradient_clipping", 1.0) > 0
     size = int(zero.get("reduce_bucket_size", 5e8))
     rows = []
     if ranks == 1:

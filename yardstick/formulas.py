@@ -25,6 +25,9 @@ def tensor_shapes(shape):
         if shape.gated:
             mlp = [("gate", (f, h)), ("up", (f, h)), ("down", (h, f))]
             attention = [("q", (h, h)), ("k", (kv, h)), ("v", (kv, h)), ("o", (h, h))]
+            if shape.qkv_bias:
+                attention = [row for name, dims in attention for row in
+                             ((name, dims), (name + ".bias", dims[:1])) if row[0] != "o.bias"]
             norms = [("norm1", (h,)), ("norm2", (h,))]
         else:
             mlp = [("fc", (h, f)), ("fc.bias", (f,)), ("proj", (f, h)), ("proj.bias", (h,))]
@@ -55,9 +58,10 @@ def param_count(shape):
     >>> from yardstick.shapes import MODELS
     >>> [param_count(MODELS[m]) for m in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")]
     [124439808, 354823168, 774030080, 1557611200]
-    >>> llama2_7b = ModelShape(32, 4096, 32, 32000, 4096, ffn=11008, gated=True, tied=False)
-    >>> param_count(llama2_7b)
-    6738415616
+    >>> [param_count(MODELS[m]) for m in ("llama-2-7b", "llama-3.2-1b", "llama-3-8b", "llama-3-70b")]
+    [6738415616, 1235814400, 8030261248, 70553706496]
+    >>> [param_count(MODELS[m]) for m in ("llama-2-13b", "llama-2-70b", "mistral-7b", "qwen2.5-7b")]
+    [13015864320, 68976648192, 7241732096, 7615616512]
     """
     return sum(numel(dims) for _, dims in tensor_shapes(shape))
 
@@ -169,16 +173,29 @@ def activation_bytes(shape, layout=Layout(), recompute="none", sequence_parallel
     return unit * layer * shape.layers / layout.pp
 
 
-def gpt2_saved_bytes(shape, *, micro_batch, seq, element_bytes, recompute="none"):
-    """Estimate of what autograd saves in one forward of transformers' GPT-2 without dropout, weights left out.
+def saved_bytes_per_token(shape, element_bytes):
+    """(of one layer, after the last layer): bytes per token that autograd saves in transformers' GPT-2 or Llama, without dropout.
 
-    In units of tokens * hidden per layer, counted in that code: both layer norms' inputs (2) and outputs (2), q k v (3),
-    the attention's output (1), and 5 of width ffn around GELU written out in
-    elementary operations. Scaled-dot-product attention saves no scores. The logits are kept twice, in fp32: as
-    the loss's input and as log-probabilities.
+    Weights are left out. GPT-2, in units of hidden: both layer norms' inputs (2) and outputs (2), q k v (3), the
+    attention's output (1), and 5 of width ffn around GELU written out in elementary operations. Llama: each RMSNorm
+    keeps its input in fp32, what it normalized and what it scaled; q, k, v and the attention's output; gate,
+    its SiLU, up and their product of width ffn. Scaled-dot-product attention saves no scores, but 4 bytes a head;
+    the loss saves its log-probabilities in fp32.
     """
-    tokens = micro_batch * seq
-    layer = (8 * shape.hidden + 5 * shape.ffn_width) * element_bytes + (4 + shape.heads) * 4    # norms' statistics, fp32
+    s, h, f = element_bytes, shape.hidden, shape.ffn_width
+    if shape.gated:
+        norm = (2 * s + 4) * h + 4                                                  # and the inverse of its root mean square
+        return 2 * norm + (2 * h + 2 * shape.kv_hidden + 4 * f) * s + 4 * shape.heads, norm + 4 * shape.vocab
+    return (8 * h + 5 * f) * s + 4 * (4 + shape.heads), 2 * h * s + 4 * shape.vocab        # norms' statistics in fp32
+
+
+def saved_bytes(shape, *, micro_batch, seq, element_bytes, recompute="none"):
+    """Bytes that autograd saves in one forward; recompute "full": each layer keeps its input alone.
+
+    Llama's tables of cosines and sines, one for all layers and sequences, are counted where layers save them.
+    """
+    layer, head = saved_bytes_per_token(shape, element_bytes)
+    tables = 2 * seq * shape.hidden // shape.heads * element_bytes if shape.gated else 0
     if recompute == "full":
-        layer = shape.hidden * element_bytes
-    return tokens * (shape.layers * layer + 2 * shape.hidden * element_bytes + shape.vocab * 4)
+        layer, tables = shape.hidden * element_bytes, 0
+    return micro_batch * seq * (shape.layers * layer + head) + tables

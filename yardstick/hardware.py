@@ -1,4 +1,4 @@
-"""What accelerators can do on paper: peak arithmetic, each number with its source."""
+"""What accelerators can do on paper: peak arithmetic, memory, links; each number with its source."""
 
 import re
 
@@ -19,6 +19,44 @@ PEAK_FLOPS = {
     "RTX 3090": {"16": 71e12, "32": 35.6e12},       # NVIDIA GA102 white paper, table 3
 }
 
+# Bytes of memory, bytes/s of that memory, bytes/s to the next device and to the host, each way: the same data sheets. Where a
+# card comes in two sizes, the larger. Sheets give links in both directions together; here is half. A card without
+# NVLink reaches the next one over PCIe. PCIe x16: 3.0 15.75, 4.0 31.5, 5.0 63 GB/s each way (PCI-SIG, encoding included).
+_PCIE3, _PCIE4, _PCIE5 = 15.75e9, 31.5e9, 63e9
+DEVICES = {
+    "B200": (180e9, 7.7e12, 900e9, _PCIE5),         # NVLink 5, 1.8 TB/s both ways; HGX
+    "H200": (141e9, 4.8e12, 450e9, _PCIE5),         # NVLink 4, 900 GB/s both ways
+    "H100 PCIe": (80e9, 2.0e12, _PCIE5, _PCIE5),
+    "H100": (80e9, 3.35e12, 450e9, _PCIE5),         # NVLink 4
+    "A100": (80e9, 2.039e12, 300e9, _PCIE4),        # NVLink 3, 600 GB/s both ways; SXM
+    "L40S": (48e9, 0.864e12, _PCIE4, _PCIE4),
+    "L4": (24e9, 0.3e12, _PCIE4, _PCIE4),
+    "A10": (24e9, 0.6e12, _PCIE4, _PCIE4),
+    "V100": (32e9, 0.9e12, 150e9, _PCIE3),          # NVLink 2, 300 GB/s both ways; SXM2
+    "T4": (16e9, 0.32e12, _PCIE3, _PCIE3),
+    "RTX 4090": (24e9, 1.008e12, _PCIE4, _PCIE4),   # no NVLink
+    "RTX 3090": (24e9, 0.936e12, _PCIE4, _PCIE4),   # without the NVLink bridge
+}
+NO_BF16 = ("V100", "T4")                            # before Ampere: fp16 alone
+
+# Links between nodes, bytes/s each way that one node's adapters carry together.
+NODE_LINKS = {"B200": 400e9, "H200": 400e9, "H100": 400e9,       # 8 adapters of 400 Gbit/s: NVIDIA DGX H100, B200 data sheets
+              "A100": 200e9,                                      # 8 of 200 Gbit/s: DGX A100 data sheet
+              "V100": 50e9}                                       # 4 of 100 Gbit/s: DGX-1 data sheet
+ETHERNET = 1.25e9                                                 # 10 Gbit/s, for all others
+NVME_BYTES_PER_SECOND = 3.2e9        # one PCIe 3.0 x4 drive, writing: Samsung 970 EVO Plus data sheet, 3,300 MB/s, rounded down
+
+# Seconds that a message waits at one hop of a ring: NCCL, src/graph/tuning.cc, hwLat, ring with the Simple protocol.
+HOP_SECONDS = {"nvlink": 3.4e-6, "pcie": 5.7e-6, "network": 14.0e-6}
+
+# Seconds of Adam per parameter on a node's two Xeon 8168: ZeRO-Offload, arXiv 2101.06840, table 4, 1 B parameters.
+HOST_ADAM_SECONDS = {"torch": 1.39e-9, "deepspeed": 0.22e-9}
+
+
+def device_named(name):
+    """The key of PEAK_FLOPS and DEVICES that a device's name holds, or None."""
+    return next((known for known in DEVICES if re.search(rf"(?<!\w){re.escape(known)}(?!\d|S\b)", name)), None)
+
 
 def peak_flops(name, precision):
     """Peak FLOP/s of a GPU by its name, or None for one that the table lacks.
@@ -28,7 +66,5 @@ def peak_flops(name, precision):
     >>> peak_flops("NVIDIA L40S", "fp16"), peak_flops("unknown", "bf16")
     (362000000000000.0, None)
     """
-    for known, peaks in PEAK_FLOPS.items():
-        if re.search(rf"(?<!\w){re.escape(known)}(?!\d|S\b)", name):
-            return peaks["32" if precision == "fp32" else "16"]
-    return None
+    known = device_named(name)
+    return PEAK_FLOPS[known]["32" if precision == "fp32" else "16"] if known else None

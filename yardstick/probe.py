@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from yardstick import ledger
 
 WARM_UP = 2        # steps: stage 3 records the order of modules in the first forward and compares it in the second
+APART = 10         # on a GPU one step in so many waits for the device after each phase, to time the phases; the others do not
 
 
 class Probe:
@@ -28,12 +29,13 @@ class Probe:
         self.first = min(WARM_UP, max(0, steps - 1))
         self.looked = self.first if counting else -1
         self.step, self.forwards, self.backwards = -1, 0, 0
-        self.seconds = defaultdict(list)                 # {phase: [seconds of each counted step]}
+        self.seconds = defaultdict(list)                 # {phase: [(step, seconds)]}, "total" of each counted step
         self.moments = {}                                # {"gradients" or "always": (rows, unnamed)}
         self.activations = None
         self._looking, self._now, self._profile = 0.0, None, None
+        self.gpu, self.apart = engine.device.type == "cuda", True
         # on a GPU one further step runs under torch's profiler: only the kernels tell how long communication takes
-        self.profiled = self.first + 1 if counting and engine.device.type == "cuda" and steps > self.first + 1 else -1
+        self.profiled = self.first + 1 if counting and self.gpu and steps > self.first + 1 else -1
         self.kernel_seconds = None
 
     def __call__(self, phase, step=None):
@@ -54,7 +56,8 @@ class Probe:
             watch.__enter__()
         blocked, begin = self.meter.blocked[phase], time.perf_counter()
         yield
-        self._synchronize()
+        if self.apart:
+            self._synchronize()
         if watch:
             watch.__exit__(None, None, None)
             self.activations = watch.peak
@@ -69,6 +72,9 @@ class Probe:
         self.step += 1
         self.forwards = self.backwards = 0
         self._now = defaultdict(float)
+        self.apart = not self.gpu or self.step == self.first or (self.step - self.first) % APART == 2
+        if self.apart:
+            self._synchronize()              # what is left of the step before is not this one's
         self._started, self._looking = time.perf_counter(), 0.0
         if self.step == self.first and self.counting:
             self.meter.clear()
@@ -88,9 +94,9 @@ class Probe:
             self._profile = None
         if self.step >= self.first:
             total = time.perf_counter() - self._started - self._looking
-            for phase in ("data", "forward", "backward", "step", "communication"):
-                self.seconds[phase].append(self._now[phase])
-            self.seconds["total"].append(total)
+            for phase in ("data", "forward", "backward", "step", "communication") if self.apart else ():
+                self.seconds[phase].append((self.step, self._now[phase]))
+            self.seconds["total"].append((self.step, total))
         if self.step == self.looked:
             self._look("always")
         self._now = None
@@ -101,7 +107,7 @@ class Probe:
         self._looking += time.perf_counter() - begin
 
     def _synchronize(self):
-        if self.engine.device.type == "cuda":
+        if self.gpu:
             import torch
             torch.cuda.synchronize()
 
@@ -109,11 +115,17 @@ class Probe:
         return self.step + 1 - self.first
 
     def median(self, phase):
-        """Median seconds of a phase over the counted steps, those under observation left out if others remain."""
+        """Median seconds of a phase over the counted steps; those under observation are left out if others remain.
+
+        On a GPU phases are timed in some steps only, and the whole step ("total") in the others.
+        """
         values = self.seconds[phase]
         dear = {self.looked, self.profiled}
-        usual = [value for step, value in enumerate(values, self.first) if step not in dear]
-        return statistics.median(usual or values)
+        usual = [(step, value) for step, value in values if step not in dear] or values
+        if self.gpu and phase == "total":
+            timed = {step for step, _ in self.seconds.get("forward", ())}
+            usual = [(step, value) for step, value in usual if step not in timed] or usual
+        return statistics.median(value for _, value in usual)
 
 
 def communication_kernels(averages):

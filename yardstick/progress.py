@@ -18,7 +18,7 @@ class Log:
             self.writer = SummaryWriter(plan.folder / "tensorboard")
 
     def progress(self, steps):
-        if self.rank.rank == 0 and sys.stderr.isatty():
+        if self.rank.rank == 0 and sys.stderr.isatty() and not self.plan.brief:
             from tqdm import tqdm
             self.bar = tqdm(steps, unit="step", dynamic_ncols=True, initial=steps.start, total=steps.stop)
             return self.bar
@@ -31,11 +31,11 @@ class Log:
         now = time.perf_counter()
         speed = self.plan.global_batch * self.plan.seq / (now - self.begun)
         self.begun = now
-        memory = memory_in_use(self.rank)
+        line = not self.plan.brief and (step in (0, self.steps - 1) or (step + 1) % max(1, self.steps // 10) == 0)
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, {memory / 1e9:.2f} GB")
-        elif not self.plan.brief and (step in (0, self.steps - 1) or (step + 1) % max(1, self.steps // 10) == 0):
-            print(f"step {step + 1}/{self.steps}  loss {loss:.4f}  {speed:,.0f} tokens/s  {memory / 1e9:.2f} GB",
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, {memory_in_use(self.rank) / 1e9:.2f} GB")
+        elif line:
+            print(f"step {step + 1}/{self.steps}  loss {loss:.4f}  {speed:,.0f} tokens/s  {memory_in_use(self.rank) / 1e9:.2f} GB",
                   file=sys.stderr, flush=True)
         if self.writer:
             for name, value in (("loss", loss), ("learning_rate", learning_rate), ("tokens_per_second", speed)):

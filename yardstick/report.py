@@ -97,13 +97,14 @@ def summarise(plan, everyone, history, evaluation, first=False):
     elif everyone[0]["kernels"] is not None:
         measured["communication_seconds"] = max(one["kernels"] for one in everyone)
     measured["tokens_per_second"] = plan.global_batch * plan.seq / seconds["total"]
+    measured["epoch_seconds"] = len(plan.corpus.train) / measured["tokens_per_second"]
     measured["loss_nats"] = history[-1]
     if evaluation is not None:
         measured["evaluation_loss_nats"] = evaluation
     if everyone[0]["activations"] is not None:
         measured["activation_bytes"] = max(one["activations"] for one in everyone)
         if plan.shape is not None:
-            estimated["activation_bytes"] = formulas.gpt2_saved_bytes(
+            estimated["activation_bytes"] = formulas.saved_bytes(
                 plan.shape, micro_batch=plan.micro_batch, seq=plan.seq, element_bytes=recipe.parameter,
                 recompute="full" if plan.settings["activation_checkpointing"] else "none")
     if plan.gpu:

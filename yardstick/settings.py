@@ -11,7 +11,10 @@ The type of an entry is the type of its default. `Either(type, None)` is an entr
 out, `Choice(default, ...)` one that takes only the words listed.
 """
 
+import ast
 import difflib
+import re
+from pathlib import Path
 
 
 class SettingsError(ValueError):
@@ -54,6 +57,15 @@ def given(arguments):
     ['micro_batch', 'steps']
     """
     return {argument.partition("=")[0].lstrip("-").replace("-", "_") for argument in arguments if "=" in argument}
+
+
+def usage(arguments, path):
+    """The help of a program, or None where `arguments` do not ask for it: its docstring and its commented CONFIG."""
+    if not {"-h", "--help", "help"} & set(arguments):
+        return None
+    source = Path(path).read_text(encoding="utf-8")
+    entries = re.search(r"^CONFIG = \{\n(.*?)^\}", source, re.MULTILINE | re.DOTALL)[1].rstrip()
+    return f"{ast.get_docstring(ast.parse(source))}\n\nSettings, as key=value, with their defaults:\n\n{entries}"
 
 
 def _convert(key, text, entry, where):

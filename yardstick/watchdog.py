@@ -19,6 +19,7 @@ from pathlib import Path
 
 HANGS, WAITS = 75, 76          # exit codes: stands still by itself; stands in a collective that another rank does not enter
 SLACK_SECONDS = 5              # what faulthandler leaves this thread to speak first
+LAST_WORDS_SECONDS = 2         # between the stacks and the end: the other ranks stand still as long, and print theirs
 
 
 def _collective(stack):
@@ -77,4 +78,5 @@ class Watchdog:
         for thread, stack in stacks.items():
             lines += [f"thread {names.get(thread, thread)}:", *(line.rstrip("\n") for line in traceback.format_list(stack))]
         os.write(2, ("\n".join(lines) + "\n").encode())
+        time.sleep(LAST_WORDS_SECONDS)                   # a lost peer would take the others' turn to speak
         os._exit(WAITS if waits else HANGS)

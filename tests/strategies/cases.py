@@ -109,12 +109,12 @@ def plan(**changes):
     import torch
 
     from strategies import checks
-    from yardstick import ranks
+    from yardstick import matmul
 
     def plain(rank):
         torch.set_float32_matmul_precision("highest")
         return "highest"
-    ranks.choose_matmul_precision = plain
+    matmul.choose = plain
     return checks.check(settings(**changes), given=set(changes))
 
 

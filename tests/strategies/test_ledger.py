@@ -94,11 +94,11 @@ def test_the_difference_to_the_paper_is_named_to_the_byte(counted, strategy, pre
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_activations_at_their_peak(counted, precision):
     count = counted("dp", precision=precision, accumulation=2 if precision == "fp32" else 1)[0]
-    estimate = formulas.gpt2_saved_bytes(ODD, micro_batch=1, seq=16, element_bytes=4 if precision == "fp32" else 2)
+    estimate = formulas.saved_bytes(ODD, micro_batch=1, seq=16, element_bytes=4 if precision == "fp32" else 2)
     assert count.activations == pytest.approx(estimate, rel=0.01)
 
 
 def test_activations_with_checkpointing(counted):
     count = counted("zero1", precision="fp32", accumulation=1, activation_checkpointing=True)[0]
-    estimate = formulas.gpt2_saved_bytes(ODD, micro_batch=1, seq=16, element_bytes=4, recompute="full")
+    estimate = formulas.saved_bytes(ODD, micro_batch=1, seq=16, element_bytes=4, recompute="full")
     assert count.activations == pytest.approx(estimate, rel=0.01)

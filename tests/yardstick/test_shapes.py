@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from yardstick.shapes import FP32, MIXED, MODELS, PAPER, Layout, ModelShape
+from yardstick.shapes import FP32, MIXED, MODELS, PAPER, Layout, ModelShape, config_json, from_config_json
 
 GOOD = {"layers": 2, "hidden": 64, "heads": 4, "vocab": 100, "seq": 16}
 
@@ -51,3 +51,22 @@ def test_tiny_is_large_enough_for_every_strategy():
 def test_recipes():
     assert PAPER.optimizer == 12 and PAPER.total == 16             # ZeRO, arXiv 1910.02054, section 3.1: K = 12
     assert (MIXED.total, FP32.total, FP32.master) == (16, 16, 0)   # fp32 weights are their own master
+
+
+@pytest.mark.parametrize("shape", MODELS.values(), ids=[*MODELS])
+def test_a_config_json_and_back(shape):
+    assert from_config_json(config_json(shape)) == (shape, [])
+
+
+def test_shapes_without_a_config_json():
+    with pytest.raises(ValueError, match="experts"):
+        config_json(ModelShape(**GOOD, experts=2, top_k=1))
+    with pytest.raises(ValueError, match="GPT-2 has as many as heads=4"):
+        config_json(ModelShape(**GOOD, kv_heads=2))
+
+
+def test_what_a_shape_leaves_out_is_noted():
+    fields = {**config_json(MODELS["gpt2"]), "resid_pdrop": 0.1}
+    assert "dropout" in from_config_json(fields)[1][0]
+    fields = {**config_json(MODELS["mistral-7b"]), "model_type": "mistral", "sliding_window": 4096}
+    assert from_config_json(fields)[0] == MODELS["mistral-7b"] and "window of 4096" in from_config_json(fields)[1][0]
