@@ -9,8 +9,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from strategies import checkpoints, effective, models
-from yardstick import deepspeed_memory, launchers, op_cache, ranks, results
+from strategies import checkpoints, effective, models, resuming
+from yardstick import deepspeed_config, deepspeed_memory, launchers, op_cache, ranks, results
 from yardstick.settings import SettingsError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +39,7 @@ class Plan:
     command: str                # as a user types it
     notes: list                 # sentences for the user
     swap: Path | None           # of this run's swap files, absolute; None without NVMe
-    resume: object = None       # checkpoints.Resume, or None
+    resume: object = None       # resuming.Resume, or None
     brief: bool = False         # one line at the end in place of the report
 
 
@@ -61,7 +61,7 @@ def check(settings, given=()):
         world = int(os.environ["WORLD_SIZE"]) if ranks.is_rank() else ranks.default_world()
     except ValueError as error:
         raise SettingsError(str(error)) from None
-    resume = checkpoints.find(settings, given, world, say)
+    resume = resuming.find(settings, given, world, say)
     if settings["compile"] and not shutil.which(os.environ.get("CXX") or "c++") and not ranks.gpu_count():
         raise SettingsError("compile=True needs a C++ compiler on a CPU, and none is on PATH. Install one (Debian, Ubuntu: "
                             "apt-get install g++), or leave compile= out.")
@@ -102,6 +102,11 @@ def check(settings, given=()):
     nvme = nvme / f"swap-{stamp()}"                          # DeepSpeed empties it: no two runs may share it
     config = effective.effective(settings, config, micro=micro, accumulation=times, precision=precision, nvme_path=nvme,
                                  largest_share=-(-max(tensors.numels) // world))
+    found = deepspeed_config.lint(config, ranks=world, accelerator=None if gpu else "cpu")
+    wrong = [finding for finding in found if finding.level == "error"]
+    if wrong:
+        raise SettingsError(f"the DeepSpeed config of this run: {wrong[0].key}: {wrong[0].message}")
+    notes += [f"{finding.key}: {finding.message}" for finding in found]
     ops = effective.ops_of(config)
     if not ops and config["optimizer"]["params"].get("torch_adam") and not gpu:
         notes.append("the optimizer is torch's Adam, which needs no compiler; cpp_ops=True takes DeepSpeed's")
@@ -130,7 +135,7 @@ def check_checkpoints(plan):
         if target.exists() and any(target.iterdir()):
             raise SettingsError(f"export={settings['export']} is not empty. Give a folder that does not exist yet.")
     if plan.resume:
-        checkpoints.fit(plan.resume, plan)
+        resuming.fit(plan.resume, plan)
     if settings["save_every"]:
         saves = -(-settings["steps"] // settings["save_every"])
         copies = min(saves, settings["keep"] + 1)            # the next is written before the oldest goes
@@ -138,7 +143,7 @@ def check_checkpoints(plan):
         plan.notes.append(f"a checkpoint of {nbytes / 1e6:,.0f} MB every {settings['save_every']} steps, the newest {settings['keep']} kept")
     if plan.resume:
         if os.environ.get("RANK", "0") == "0":               # of a launcher's ranks one reads all files, not each
-            checkpoints.verify(plan.resume)
+            resuming.verify(plan.resume)
         plan.notes.append(f"going on after step {plan.resume.step} of {checkpoints.shown(plan.resume.path)}"
                           + (f", converted from {plan.resume.manifest['world']} ranks" if plan.resume.convert else ""))
         if plan.resume.convert:

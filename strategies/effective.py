@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from yardstick import deepspeed_config
 from yardstick.settings import SettingsError
 
 HERE = Path(__file__).resolve().parent
@@ -12,34 +13,31 @@ FOLDERS = {"dp": "1_data_parallel", "zero1": "2_zero_stage1", "zero2": "3_zero_s
 
 
 def read(strategy, path=None):
-    """The config of a strategy, as DeepSpeed reads it (HJSON: comments are allowed); `path`: another file."""
-    import hjson
+    """The config of a strategy, as DeepSpeed reads it (HJSON: comments are allowed); `path`: another file.
+
+    Raises SettingsError for a file that cannot be read, a key that is wrong by itself, and another strategy's stage.
+    """
     path = Path(path) if path else HERE / FOLDERS[strategy] / "config.json"
     try:
-        config = json.loads(hjson.dumpsJSON(hjson.loads(path.read_text())))
-    except FileNotFoundError:
-        raise SettingsError(f"there is no config file {path} (config=). Give an existing file, or leave config= "
-                            f"out to use strategies/{FOLDERS[strategy]}/config.json.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} cannot be read as a config file ({error}). Give a JSON file as config=.") from None
-    except hjson.HjsonDecodeError as error:
-        raise SettingsError(f"{path} is not JSON that DeepSpeed can read: {error}. Mend that line.") from None
-    if not isinstance(config, dict):
-        raise SettingsError(f"{path} holds no config: it must be a JSON object, {{...}}. Begin with a copy of "
-                            f"strategies/{FOLDERS[strategy]}/config.json.")
+        config = deepspeed_config.read(path)
+    except ValueError as error:
+        raise SettingsError(f"{error} One that works as config= is strategies/{FOLDERS[strategy]}/config.json.") from None
     _check(config, strategy, path)
     return config
 
 
 def _check(config, strategy, path):
-    """Refuse a config whose parts have the wrong form, or whose stage is another strategy's."""
-    for key in ("bf16", "fp16", "optimizer", "zero_optimization"):
-        if not isinstance(config.get(key, {}), dict):
-            raise SettingsError(f"{path}: \"{key}\" is {json.dumps(config[key])} and must be a section, {{...}}.")
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-        value = config.get(key, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise SettingsError(f"{path}: \"{key}\" is {json.dumps(value)} and must be a whole number, 1 or more.")
+    """Refuse a config with a wrong key, or whose stage is another strategy's; what is given as null is not given."""
+    wrong = [found for found in deepspeed_config.check_keys(config) if found.level == "error"]
+    if wrong:
+        more = f" {len(wrong) - 1} more: python -m yardstick.deepspeed_config lint {path}." if wrong[1:] else ""
+        raise SettingsError(f"{path}: \"{wrong[0].key}\": {wrong[0].message}{more}")
+    if isinstance(config.get("zero_optimization"), bool):
+        raise SettingsError(f"{path}: \"zero_optimization\" is {json.dumps(config['zero_optimization'])}, an old form. "
+                            "Write {\"stage\": 1}, for example.")
+    for section in (config, config.get("optimizer", {})):
+        for key in [key for key, value in section.items() if value is None]:
+            del section[key]
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage != STAGES[strategy]:
         fitting = [name for name, number in STAGES.items() if number == stage]

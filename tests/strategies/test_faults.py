@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from strategies import checkpoints
+from strategies import checkpoints, resuming
 from tests.strategies import cases
 from tests.strategies.test_checkpoints import settings, training
 
@@ -74,8 +74,8 @@ def _before(function, look):
 
 
 POINTS = ("forward", "backward", "step", "save")
-# once in each strategy, at another point each, and every other pair among the slow ones
-QUICK = {("dp", "backward"), ("zero1", "step"), ("zero2", "save"), ("zero3", "forward"), ("offload", "step"), ("infinity", "swap")}
+# every pair; three of them, at another point each, among the quick tests
+QUICK = {("zero2", "save"), ("zero3", "forward"), ("infinity", "swap")}
 KILLS = [pytest.param(strategy, point, marks=[] if (strategy, point) in QUICK else slow)
          for strategy in cases.ORDER for point in POINTS + (("swap",) if strategy == "infinity" else ())]
 
@@ -89,8 +89,10 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(request, launch
     assert out.code == 128 + signal.SIGKILL and out.seconds < SECONDS
     assert "rank 1 of 2 was ended by SIGKILL; ending the other rank" in out.log
     done = checkpoints.steps_in(tmp_path / "run" / "checkpoints")
-    assert [path.name for path in done] == ["step_00000002"] and checkpoints.read(done[0])["step"] == 2
+    assert [path.name for path in done] == ["step_00000002"] and resuming.read(done[0])["step"] == 2
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_00000002\n"
+    if point not in ("save", "swap"):
+        return                                           # nothing is left behind that those two do not leave
     resumed = launch(training, {"strategy": strategy, "resume": "auto", "output": run["output"]}).good()
     assert len(resumed[0][0]) == 6
     assert [path.name for path in checkpoints.steps_in(tmp_path / "run" / "checkpoints")] == [
@@ -104,7 +106,7 @@ def test_a_kill_around_the_rename(launch, models, tmp_path, point, newest):
     out = launch(disturbed, settings("zero2", models, tmp_path / "run", save_every=2), point, "kill", 0, seconds=120)
     assert out.code == 128 + signal.SIGKILL and "rank 0 of 2 was ended by SIGKILL" in out.log
     done = checkpoints.steps_in(tmp_path / "run" / "checkpoints")
-    assert checkpoints.read(done[-1])["step"] == newest
+    assert resuming.read(done[-1])["step"] == newest
     named = (tmp_path / "run" / "checkpoints" / "latest").read_text().strip()
     assert named in [path.name for path in done]
 
@@ -140,7 +142,7 @@ def test_a_stopped_rank_is_named(launch, models, tmp_path):
 def holding_the_lock():
     """A rank stands in C code that keeps Python's lock: no Python thread can speak."""
     from yardstick import ranks, watchdog
-    ranks.GRACE_SECONDS, watchdog.SLACK_SECONDS = 10, 1
+    ranks.GRACE_SECONDS, watchdog.SLACK_SECONDS = 10, 4
 
     def rank():
         import ctypes
@@ -194,10 +196,10 @@ def poisoned(changes, what, rank=1, step=3):
     return of_rank
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-@pytest.mark.parametrize("strategy,precision", [
-    ("dp", "fp32"), ("zero2", "bf16"), *(pytest.param(*case, marks=slow) for case in (
-        ("dp", "bf16"), ("zero1", "fp32"), ("zero3", "fp32"), ("offload", "bf16"), ("infinity", "bf16")))])
+@pytest.mark.parametrize("strategy,precision,what", [
+    ("dp", "fp32", "loss"), ("zero2", "bf16", "gradient"), *(pytest.param(*case, marks=slow) for case in (
+        ("dp", "fp32", "gradient"), ("dp", "bf16", "loss"), ("zero1", "fp32", "gradient"), ("zero2", "bf16", "loss"),
+        ("zero3", "fp32", "gradient"), ("zero3", "fp32", "loss"), ("offload", "bf16", "gradient"), ("infinity", "bf16", "gradient")))])
 def test_what_is_not_finite_is_said_and_skipped(request, launch, models, tmp_path, strategy, precision, what):
     if strategy == "infinity":
         request.getfixturevalue("async_io")
@@ -287,7 +289,7 @@ def test_a_disk_that_fills_up_keeps_the_checkpoint_before(launch, models, tmp_pa
     assert "the checkpoint after step 4 could not be written" in out.log and "0.00 GB free" in out.log
     assert "step_00000002 before it is whole" in out.log and "Traceback" not in out.log.split("could not be written")[0]
     done = checkpoints.steps_in(folder / "run" / "checkpoints")
-    assert [path.name for path in done] == ["step_00000002"] and checkpoints.read(done[0])
+    assert [path.name for path in done] == ["step_00000002"] and resuming.read(done[0])
     (folder / "ballast").unlink()
     assert len(launch(training, {"strategy": "zero2", "resume": "auto", "output": run["output"]}).good()[0][0]) == 6
 

@@ -1,0 +1,172 @@
+"""Which checkpoint a run continues from, and whether it may: decided before any rank starts."""
+
+import hmac
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from strategies import effective
+from strategies.checkpoints import digest, seal, shown, steps_in
+from yardstick.settings import SettingsError
+
+ROOT = Path(__file__).resolve().parent.parent
+# Settings on which the losses depend: a resumed run keeps them.
+SAME = ("strategy", "model", "pretrained", "data", "tokenizer", "seed", "learning_rate", "schedule", "warmup_steps",
+        "gradient_clipping", "precision", "seq", "global_batch")
+# Settings that belong to one start of the program, and are not taken over from the run that is resumed.
+OWN = ("resume", "trust", "export", "output", "record", "nvme_path", "timeout_seconds", "count")
+# Keys of the DeepSpeed config that may differ: the batch is compared as a whole, paths are this start's.
+FREE = {"train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "checkpoint", "nvme_path"}
+
+
+@dataclass
+class Resume:
+    """A checkpoint that this run continues from."""
+
+    path: Path                  # of the step's folder
+    manifest: dict
+    convert: bool = False       # to a universal checkpoint: the number of ranks differs
+
+    @property
+    def step(self):
+        return self.manifest["step"]
+
+
+def find(settings, given, world, say=print):
+    """The Resume that settings["resume"] asks for, or None; `settings` gets what the run had and `given` does not name.
+
+    given: names of the settings that the user gave; say: is told why auto begins anew. Raises SettingsError for a
+    checkpoint that is none, is not complete, or contradicts what was given.
+    """
+    wanted = settings["resume"]
+    if wanted == "none":
+        return None
+    if wanted != "auto":
+        path = _named(Path(wanted).resolve())
+        found = Resume(path, read(path, settings["trust"]))
+        differs = _contradictions(found.manifest, settings, given)
+        if differs:
+            raise SettingsError(f"resume={wanted}: {differs}. A resumed run keeps what its losses depend on: leave that out, or "
+                                "start anew with resume=none.")
+        _take_over(found.manifest, settings, given, world)
+        return found
+    base = Path(settings["output"]).resolve() if settings["output"] else None
+    home = ROOT / "runs" / "strategies" / effective.FOLDERS[settings["strategy"]]
+    paths = steps_in(base / "checkpoints") if base else [p for run in home.glob("*/checkpoints") for p in steps_in(run)]
+    reason = f"there is no checkpoint under {shown(base or home)}"
+    for path in sorted(paths, key=lambda p: (p / "manifest.json").stat().st_mtime_ns, reverse=True):
+        manifest = read(path, settings["trust"])
+        differs = _contradictions(manifest, settings, given)
+        if not differs:
+            _take_over(manifest, settings, given, world)
+            settings["output"] = str(path.parent.parent)     # the run goes on where it was
+            return Resume(path, manifest)
+        if base:
+            raise SettingsError(f"resume=auto: {shown(path)} belongs to another run: {differs}. Give another output=, or remove "
+                                "that folder to start anew there.")
+        if reason.startswith("there is"):
+            reason = f"the newest checkpoint, {shown(path)}, is of another run: {differs}"
+    settings["resume"] = "none"
+    say(f"resume=auto: {reason}; this run begins at step 1")
+    return None
+
+
+def _named(path):
+    """The checkpoint that a user means: a step's folder, a run's folder, or its folder of checkpoints (the newest)."""
+    if (path / "manifest.json").is_file():
+        return path
+    inside = steps_in(path / "checkpoints") or steps_in(path)
+    if not inside:
+        what = "does not exist" if not path.exists() else "holds no checkpoint of this program (no manifest.json)"
+        raise SettingsError(f"resume={path} {what}. Give the folder of a run, or of one of its steps. Weights from elsewhere come in "
+                            "as safetensors: model=FOLDER pretrained=True.")
+    return inside[-1]
+
+
+def read(path, trust=None):
+    """The manifest of a checkpoint, after checking that this program sealed it and that all its files have their sizes.
+
+    trust: a path; a checkpoint with another seal is read only when that names it.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        files, step, sealed = manifest["files"], manifest["step"], manifest["seal"]
+        settings, world = manifest["settings"], manifest["world"]
+        assert isinstance(files, dict) and isinstance(step, int) and isinstance(settings, dict) and isinstance(world, int)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise SettingsError(f"{path} is damaged: its manifest.json cannot be read ({type(error).__name__}: {error}). "
+                            + _instead(path)) from None
+    if not hmac.compare_digest(str(sealed), seal(manifest)) and (trust is None or Path(trust).resolve() not in
+                                                                 (path, path.parent, path.parent.parent)):
+        raise SettingsError(f"{path} was not written by this checkout, or was changed since: its seal is not ours. Loading it "
+                            "unpickles, which runs whatever code its author put in. Take its weights as safetensors instead "
+                            f"(export=, then model=FOLDER pretrained=True), or, if you trust it, add trust={path}.")
+    for name, (size, _) in files.items():
+        there = (path / name).stat().st_size if (path / name).is_file() else None
+        if there != size:
+            raise SettingsError(f"{path} is damaged: {name} {'is missing' if there is None else f'has {there:,} bytes'} and was "
+                                f"{size:,} bytes when saved. " + _instead(path))
+    return manifest
+
+
+def verify(resume):
+    """Compare every file with its hash: what is unpickled is what was saved."""
+    for name, (_, known) in resume.manifest["files"].items():
+        if digest(resume.path / name) != known:
+            raise SettingsError(f"{resume.path} is damaged: the content of {name} is not what was saved. " + _instead(resume.path))
+
+
+def _instead(path):
+    others = [other for other in steps_in(path.parent) if other != path]
+    return f"Remove that folder; resume from {others[-1]}." if others else "Remove that folder and start anew with resume=none."
+
+
+def _contradictions(manifest, settings, given):
+    """What of `given` a checkpoint's run had otherwise, in words; "" if nothing."""
+    had = {**manifest["settings"], **manifest["resolved"]}
+    for key in SAME:
+        if (key in given or key == "strategy") and settings[key] not in (had.get(key), None, "auto"):
+            return f"{key}={settings[key]} was given, and it has {key}={had.get(key)}"
+    return ""
+
+
+def _take_over(manifest, settings, given, world):
+    had, resolved = manifest["settings"], manifest["resolved"]
+    for key, value in had.items():
+        if key in settings and key not in given and key not in OWN:
+            settings[key] = value
+    for key in ("precision", "seq", "global_batch", "model"):
+        settings[key] = resolved[key]
+    if not {"micro_batch", "accumulation"} & set(given):     # other sums round otherwise: kept where the ranks are the same
+        settings["micro_batch"] = resolved["micro_batch"] if world == manifest["world"] else None
+        settings["accumulation"] = None
+
+
+def fit(resume, plan):
+    """Refuse a resume that this number of ranks, this config or these steps cannot continue; sets resume.convert."""
+    manifest, strategy = resume.manifest, plan.settings["strategy"]
+    resume.convert = manifest["world"] != plan.world and strategy not in ("dp", "infinity")
+    if strategy == "infinity" and manifest["world"] != plan.world:
+        raise SettingsError(f"{resume.path} was written by {manifest['world']} ranks and this run has {plan.world}. strategy=infinity "
+                            f"keeps its ranks: DeepSpeed cannot cut NVMe shares anew. Start with RANKS={manifest['world']}.")
+    differs = differences(manifest["config"], plan.config)
+    if differs:
+        raise SettingsError(f"resume={plan.settings['resume']}: the DeepSpeed config differs from the checkpoint's in {differs[0]}. A "
+                            "resumed run keeps its config: take that change back, or start anew with resume=none.")
+    if resume.step >= plan.settings["steps"] and not plan.settings["export"]:
+        raise SettingsError(f"nothing is left to do: {shown(resume.path)} is of step {resume.step}, and steps={plan.settings['steps']}. "
+                            "Give more steps=, or export=FOLDER to write the model.")
+
+
+def differences(a, b, path=""):
+    """Keys in which two configs differ, as "section.key: 1 there, 2 here"."""
+    found = []
+    for key in sorted(a.keys() | b.keys()):
+        name, one, two = f"{path}{key}", a.get(key), b.get(key)
+        if key in FREE:
+            continue
+        if isinstance(one, dict) and isinstance(two, dict):
+            found += differences(one, two, name + ".")
+        elif one != two:
+            found.append(f"{name}: {json.dumps(one)} there, {json.dumps(two)} here")
+    return found
