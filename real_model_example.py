@@ -182,8 +182,10 @@ def train(plan, after_backward=None, finish=True):
     if finish and not stopped and step >= first:
         evaluation = models.evaluate(engine, plan, rank, watchdog)
         sample = models.sample(engine, plan, watchdog)
+        watchdog.moved("the report")
         report.finish(plan, rank, engine, probe, meter, history, precision, evaluation, sample)
     if settings["export"] and not stopped:
+        watchdog.moved("the export")
         models.export(engine, plan, rank)
     log.close()
     watchdog.stop()

@@ -98,18 +98,17 @@ _stop = []             # signals that asked this rank to stop after the step und
 def listen():
     """Take Ctrl-C, SIGTERM and `start`'s own request as a wish to stop after this step, from now on: `stop_requested`.
 
-    A rank of `start` ignores the terminal's Ctrl-C, as the one who started it passes it on. Under a launcher a second
-    Ctrl-C, two seconds or more after the first, ends the process at once.
+    torchrun and Slurm send SIGTERM, Slurm to every process of a task, and wait before they kill. A rank of `start` ignores
+    the terminal's Ctrl-C, as the one who started it passes it on. Under a launcher a second Ctrl-C, two seconds or more after
+    the first, ends the process at once.
     """
     def asked(number, _):
         if number == signal.SIGINT and _stop and time.monotonic() - _stop[0][1] > 2:
             raise KeyboardInterrupt
         _stop.append((number, time.monotonic()))
-    started_here = "STARTED_BY" in os.environ
     signal.signal(signal.SIGUSR1, asked)
-    signal.signal(signal.SIGINT, signal.SIG_IGN if started_here else asked)
-    if not started_here:
-        signal.signal(signal.SIGTERM, asked)             # torchrun and Slurm send it, and wait before they kill
+    signal.signal(signal.SIGTERM, asked)
+    signal.signal(signal.SIGINT, signal.SIG_IGN if "STARTED_BY" in os.environ else asked)
 
 
 def stop_requested():

@@ -318,10 +318,7 @@ def test_ctrl_c(models, tmp_path, sign, code):
             while "step 1/" not in (tmp_path / "log").read_text():
                 assert time.monotonic() < until and process.poll() is None, (tmp_path / "log").read_text()
                 time.sleep(0.1)
-            if sign == signal.SIGINT:
-                os.killpg(process.pid, sign)             # a terminal tells all of its processes
-            else:
-                os.kill(process.pid, sign)               # Slurm, or a hand, this one
+            os.killpg(process.pid, sign)                 # a terminal, and Slurm, tell all of its processes
             begin = time.monotonic()
             assert process.wait(60) == code, (tmp_path / "log").read_text()
         finally:

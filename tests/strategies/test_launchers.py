@@ -2,11 +2,14 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import psutil
@@ -54,6 +57,163 @@ def test_the_launcher_of_deepspeed(models, tmp_path, count):
                            *cases.toy(models["small"], tmp_path / "run")])
     assert ended.returncode == 0, ended.stderr[-4000:]
     assert cases.record(ended, tmp_path / "run")["machine"]["ranks"] == count
+
+
+def nodes(commands, seconds=240, cwd=cases.ROOT, started=None):
+    """Run commands at once, each (words, changes of the environment), as the nodes of a cluster do: [CompletedProcess].
+
+    started: called here with the processes once the first has told a step. None of them outlives this.
+    """
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(os.path.join(folder, f"{k}{name}"), "w+")) for k in range(len(commands)) for name in "oe"]
+        processes = [subprocess.Popen(words, cwd=cwd, env=cases.environment(**changes), stdout=out, stderr=err, start_new_session=True)
+                     for (words, changes), out, err in zip(commands, files[::2], files[1::2])]
+        try:
+            until = time.monotonic() + seconds
+            while started and "step 1/" not in (said := open(files[1].name).read()):
+                assert processes[0].poll() is None and time.monotonic() < until, said[-4000:]
+                time.sleep(0.1)
+            if started:
+                started(processes)
+            codes = [process.wait(timeout=max(1.0, until - time.monotonic())) for process in processes]
+        finally:
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        texts = [open(file.name).read() for file in files]
+    return [subprocess.CompletedProcess(words, code, out, err)
+            for (words, _), code, out, err in zip(commands, codes, texts[::2], texts[1::2])]
+
+
+def one_run(ended, folder, world):
+    """The record of a run over nodes: written once, by rank 0, which alone speaks."""
+    assert all(node.returncode == 0 for node in ended), "\n".join(node.stderr[-3000:] for node in ended)
+    written = cases.record(ended[0], folder)
+    assert written["machine"]["ranks"] == world
+    assert not any("Held by each rank" in node.stdout or "record:" in node.stdout for node in ended[1:])
+    return written
+
+
+def torchrun(node, port, *arguments):
+    return (["torchrun", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}",
+             "real_model_example.py", *arguments], {})
+
+
+@slow
+def test_two_nodes_by_torchrun(checkout):
+    """Without output=: each node makes a name of its own for the run, and rank 0's is taken; resume=auto finds it."""
+    model = cases.model_folder(checkout / "runs" / "small", **cases.SMALL)
+    words = [word for word in cases.toy(model, "") if not word.startswith("output")] + ["strategy=zero2", "save_every=1"]
+    home, port = checkout / "runs" / "strategies" / "3_zero_stage2", ranks.free_port()
+    shutil.rmtree(home, ignore_errors=True)
+    first = nodes([torchrun(node, port, *words) for node in (0, 1)], cwd=checkout)
+    assert [node.returncode for node in first] == [0, 0], first[0].stderr[-4000:] + first[1].stderr[-4000:]
+    [folder] = home.iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "figure.png", "record.json"]
+    assert (folder / "checkpoints" / "latest").read_text() == "step_00000002\n"
+    before = json.loads((folder / "record.json").read_text())["details"]["loss"]
+    second = nodes([torchrun(node, port, *words, "steps=4", "resume=auto") for node in (0, 1)], cwd=checkout)
+    assert [node.returncode for node in second] == [0, 0], second[0].stderr[-4000:] + second[1].stderr[-4000:]
+    assert [path.name for path in home.iterdir()] == [folder.name]
+    record = json.loads((folder / "record.json").read_text())
+    assert record["details"]["loss"][:2] == before and len(record["details"]["loss"]) == 4 and record["machine"]["ranks"] == 2
+    assert "going on after step 2" in second[0].stderr and (folder / "checkpoints" / "latest").read_text() == "step_00000004\n"
+
+
+def hostfile(folder, text):
+    (folder / "hosts").write_text(text)
+    return ["deepspeed", "--hostfile", str(folder / "hosts"), "--master_addr", "127.0.0.1"]
+
+
+@slow
+def test_two_nodes_by_deepspeed(models, tmp_path):
+    """Two names of this machine, one rank on the first and two on the second, started without ssh."""
+    launcher = hostfile(tmp_path, "localhost slots=1\n127.0.0.1 slots=2\n")
+
+    def both(*arguments):
+        words = [*cases.toy(models["small"], tmp_path / "run"), "strategy=zero3", "save_every=2", *arguments]
+        port = str(ranks.free_port())
+        return nodes([([*launcher, "--no_ssh", "--node_rank", str(k), "--master_port", port, PROGRAM, *words], {}) for k in (0, 1)])
+    first = one_run(both(), tmp_path / "run", 3)
+    again = both("steps=4", "resume=auto")
+    second = one_run(again, tmp_path / "run", 3)
+    assert second["details"]["loss"][:2] == first["details"]["loss"] and len(second["details"]["loss"]) == 4
+    assert "going on after step 2" in again[0].stderr and not list(tmp_path.glob("run/*/.*"))
+
+
+@slow
+def test_a_hostfile_of_one_host(models, tmp_path):
+    """As it stands, DeepSpeed wants to reach even this machine by ssh."""
+    words = [*hostfile(tmp_path, "localhost slots=2\n"), "--no_ssh_check", "--master_port", str(ranks.free_port()), PROGRAM]
+    ended = cases.command([*words, *cases.toy(models["small"], tmp_path / "run")])
+    assert one_run([ended], tmp_path / "run", 2)["settings"]["strategy"] == "zero2"
+
+
+def srun(rank, world, arguments, **changes):
+    """What one of `world` tasks of srun has, each on a node of its own; both nodes are this machine."""
+    return ([sys.executable, PROGRAM, *arguments],
+            {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "3", "SLURM_PROCID": str(rank), "SLURM_LOCALID": "0", "SLURM_NODEID": str(rank),
+             "SLURM_NTASKS": str(world), "SLURM_TASKS_PER_NODE": "1(x2)", "SLURM_NODELIST": "localhost,127.0.0.1", **changes})
+
+
+def test_srun(models, tmp_path):
+    words = cases.toy(models["small"], tmp_path / "run")
+    record = one_run(nodes([srun(rank, 2, words) for rank in (0, 1)]), tmp_path / "run", 2)
+    assert record["command"].startswith("RANKS=2 bash strategies/3_zero_stage2/run.sh ")
+
+
+@slow
+def test_scancel_saves_and_srun_resumes(models, tmp_path):
+    """scancel, and --signal=TERM@ before the time is up, send SIGTERM to every task."""
+    def run(*arguments, started=None):
+        words = [*cases.toy(models["small"], tmp_path / "run"), "strategy=zero1", *arguments]
+        return nodes([srun(rank, 2, words) for rank in (0, 1)], started=started)
+    stopped = run("steps=100000", started=lambda tasks: [task.terminate() for task in tasks])
+    assert [task.returncode for task in stopped] == [128 + signal.SIGTERM] * 2, stopped[0].stderr[-4000:]
+    done = int(stopped[0].stderr.partition("stopped after step ")[2].split()[0])
+    again = run(f"steps={done + 2}", "resume=auto")
+    assert f"going on after step {done}" in again[0].stderr
+    assert len(one_run(again, tmp_path / "run", 2)["details"]["loss"]) == done + 2
+
+
+@slow
+def test_a_killed_task_ends_the_others(models, tmp_path):
+    words = [*cases.toy(models["small"], tmp_path / "run"), "steps=100000"]
+    killed = []
+
+    def kill(tasks):
+        tasks[1].kill()
+        killed.append(time.monotonic())
+    survivor, _ = nodes([srun(rank, 2, words) for rank in (0, 1)], started=kill)
+    assert survivor.returncode not in (0, None) and time.monotonic() - killed[0] < 60
+    assert "[rank0]" in survivor.stderr and "onnection" in survivor.stderr       # gloo: reset, or closed, by peer
+    assert not (tmp_path / "run" / "record.json").exists()
+
+
+@slow
+def test_a_task_that_never_comes(models, tmp_path):
+    words = [*cases.toy(models["small"], tmp_path / "run"), "timeout_seconds=5"]
+    for rank, ended in enumerate(nodes([srun(rank, 3, words) for rank in (0, 1)])):
+        assert ended.returncode == 1 and "Traceback" not in ended.stderr
+        assert f"[rank {rank}/3] the 3 ranks did not all meet at localhost:" in ended.stderr
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"SLURM_PROCID": "2"}, ["RANK=2 must be less than WORLD_SIZE=2"]),
+    ({"SLURM_NODELIST": "gpu[1-"}, ["srun started this process", "'gpu[1-' cannot be read", "torchrun"]),
+    ({"MASTER_PORT": "http"}, ["MASTER_PORT=http", "no port"]),
+    ({"MASTER_PORT": "taken"}, ["rank 0 cannot listen on port", "of localhost", "Address already in use", "--master_port"]),
+])
+def test_what_srun_says_is_checked_first(changes, words, tmp_path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        if changes.get("MASTER_PORT") == "taken":
+            changes = {"MASTER_PORT": str(other.getsockname()[1])}
+        [ended] = nodes([srun(0, 2, [f"output={tmp_path / 'run'}"], **changes)])
+    assert ended.returncode == 1 and len(ended.stderr.splitlines()) == 1
+    assert all(word in ended.stderr for word in words), ended.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def tree(folder):
