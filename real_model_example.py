@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))     # run from any directory, installed or not
 
-from strategies import checks, models
+from strategies import checks, commands, models
 from yardstick import launchers, ranks
 from yardstick.settings import Choice, Either, SettingsError, given, override, usage
 
@@ -100,7 +100,7 @@ def main():
     try:
         code = ranks.start(lambda: sys.exit(train(plan)["code"]), plan.world, gpu=plan.gpu, graceful=True)
         if code not in (0, 130, 143):
-            checks.say_what_is_left(plan)
+            commands.what_is_left(plan)
         return code
     finally:
         if plan.swap:                      # however the ranks ended; they are of no use to a later run
@@ -167,7 +167,7 @@ def train(plan, after_backward=None, finish=True):
                 engine.step()                  # updates after the last micro-batch only; clips, steps the schedule
         control.after_update(step)
         log.step(step, history[-1], rate)
-        if control.stop or checkpoints.due(step):
+        if control.stop or checkpoints.due(step) and not control.skipped_in_a_row:      # not of a run that only skips
             probe.end_step()
             with meter.paused():
                 folder = checkpoints.save(step, history)
@@ -178,7 +178,7 @@ def train(plan, after_backward=None, finish=True):
 
     stopped = step + 1 < settings["steps"]
     if stopped:
-        log.stopped(step, folder, checks.resume_command(plan))
+        log.stopped(step, folder, commands.resume(plan))
     if finish and not stopped and step >= first:
         evaluation = models.evaluate(engine, plan, rank, watchdog)
         sample = models.sample(engine, plan, watchdog)

@@ -12,10 +12,12 @@ another program wrote is not loaded unless the user names it (trust=). Which che
 may, is decided in resuming.py before any rank starts.
 """
 
+import fcntl
 import hashlib
 import hmac
 import json
 import os
+import resource
 import secrets
 import shutil
 import subprocess
@@ -26,29 +28,54 @@ from pathlib import Path
 from strategies import nvme_state
 from yardstick import deepspeed_memory
 from yardstick.settings import SettingsError
+from yardstick.shapes import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
 TAG = "deepspeed"
+PATHS = ("model", "data", "config", "tokenizer")         # settings that may be paths
 KEY = ROOT / "runs" / "cache" / "checkpoint_key"
 def seal(manifest):
     """HMAC-SHA-256 of a manifest without its seal, hexadecimal, by the key of this checkout (made at first use)."""
     if not KEY.exists():
-        KEY.parent.mkdir(parents=True, exist_ok=True)
         mine = KEY.with_suffix(f".{os.getpid()}")
-        mine.touch(mode=0o600)
-        mine.write_text(secrets.token_hex(32))
         try:
+            KEY.parent.mkdir(parents=True, exist_ok=True)
+            mine.touch(mode=0o600)
+            mine.write_text(secrets.token_hex(32))
             os.link(mine, KEY)                               # whoever comes first
         except FileExistsError:
             pass
-        mine.unlink()
+        except OSError as error:
+            raise SettingsError(f"{KEY.parent} cannot be written ({error.strerror}), and a key for checkpoints must lie there.") from None
+        finally:
+            mine.unlink(missing_ok=True)
+    try:
+        key = bytes.fromhex(KEY.read_text().strip())
+    except (OSError, ValueError) as error:
+        key, why = b"", str(error)
+    else:
+        why = f"it holds {len(key)} bytes"
+    if len(key) != 32:
+        raise SettingsError(f"{KEY}, by which this checkout knows its checkpoints, cannot be used ({why}): it must hold 64 hexadecimal "
+                            "digits. Remove it; checkpoints made before then need trust=.")
     text = json.dumps({k: v for k, v in manifest.items() if k != "seal"}, sort_keys=True)
-    return hmac.new(KEY.read_text().strip().encode(), text.encode(), hashlib.sha256).hexdigest()
+    return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
 
 
 def steps_in(folder):
     """The complete checkpoints of a run, oldest first. What is under way has another name."""
     return sorted(path for path in Path(folder).glob("step_*") if (path / "manifest.json").is_file())
+
+
+def absolute(value):
+    """A path without the folder in which it was typed; what is no path stays."""
+    return str(Path(value).resolve()) if value and value not in MODELS and Path(value).exists() else value
+
+
+def shape_of(model_config):
+    """A model's config without what says where it came from."""
+    fields = json.loads(json.dumps(model_config.to_dict(), default=str))
+    return {key: value for key, value in fields.items() if key not in ("_name_or_path", "transformers_version", "dtype", "torch_dtype")}
 
 
 def digest(path):
@@ -60,14 +87,21 @@ def shown(path):
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
-def check_space(folder, nbytes, copies=1):
-    """Refuse where `copies` more checkpoints of `nbytes` do not fit, with a tenth in reserve."""
+def check_space(folder, nbytes, copies=1, what="a checkpoint", largest=0):
+    """Refuse where `copies` more of `nbytes` do not fit, with a tenth in reserve, or a file of `largest` is not allowed."""
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(there).free
+    free, limit = shutil.disk_usage(there).free, resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if 0 <= limit < largest:                                 # RLIM_INFINITY is -1
+        raise SettingsError(f"a file of {what} takes {size(largest)} and this shell allows files of {size(limit)}. Raise it with "
+                            "`ulimit -f unlimited`.")
     if free < 1.1 * copies * nbytes:
-        raise SettingsError(f"{copies} checkpoint{'s' if copies > 1 else ''} of {nbytes / 1e9:.2f} GB are to be on the disk at once and "
-                            f"{there} has {free / 1e9:.2f} GB free (10 % is kept in reserve). Free some, give output= on a larger disk, "
-                            "or save_every=0.")
+        raise SettingsError(f"{what} takes {size(nbytes)}, {f'{copies} are to be on the disk at once, ' if copies > 1 else ''}and {there} "
+                            f"has {size(free)} free (10 % is kept in reserve). Free some, give a folder on a larger disk, or leave it out "
+                            "(save_every=0, no export=).")
+
+
+def size(nbytes):
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 class Checkpoints:
@@ -77,6 +111,7 @@ class Checkpoints:
         self.plan, self.engine, self.rank, self.watchdog = plan, engine, rank, watchdog
         self.folder = self._agreed(plan.folder) / "checkpoints"
         self.nvme = plan.settings["strategy"] == "infinity"
+        self.lock = None
         self.nbytes = deepspeed_memory.checkpoint_bytes(plan.tensors, plan.config)
 
     def _agreed(self, folder):
@@ -100,6 +135,7 @@ class Checkpoints:
         self.begun = time.monotonic()
         try:
             if self.rank.rank == 0:
+                self._claim()
                 for stale in self.folder.glob(".*"):         # of a save that was killed
                     shutil.rmtree(stale, ignore_errors=True)
                 check_space(self.folder, self.nbytes)
@@ -120,9 +156,19 @@ class Checkpoints:
         self.watchdog.moved(f"the end of step {step + 1}")
         return final
 
+    def _claim(self):
+        """One run at a time writes into a folder; the lock goes with the process."""
+        if self.lock is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / "lock", "w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError("another run is writing its checkpoints there; give each run its own output=") from None
+
     def _free(self):
         there = next(parent for parent in (self.folder, *self.folder.parents) if parent.exists())
-        return f"{shutil.disk_usage(there).free / 1e9:.2f} GB free, {self.nbytes / 1e9:.2f} GB needed"
+        return f"{size(shutil.disk_usage(there).free)} free, {size(self.nbytes)} needed"
 
     def _write(self, part):
         import torch
@@ -159,8 +205,8 @@ class Checkpoints:
         plan = self.plan
         written = sum(size for size, _ in files.values())
         manifest = {"step": step, "world": plan.world, "run": plan.run, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                    "settings": plan.settings,
-                    "resolved": {"model": plan.settings["model"], "precision": plan.precision, "seq": plan.seq,
+                    "settings": {key: absolute(value) if key in PATHS else value for key, value in plan.settings.items()}, "data": plan.corpus.sha256, "model": shape_of(plan.model_config),
+                    "resolved": {"model": absolute(plan.settings["model"]), "precision": plan.precision, "seq": plan.seq,
                                  "global_batch": plan.global_batch, "micro_batch": plan.micro_batch,
                                  "strategy": plan.settings["strategy"]},
                     "config": plan.config, "loss": losses, "bytes": written, "files": files,
@@ -179,8 +225,9 @@ class Checkpoints:
         pointer.write_text(final.name + "\n")
         os.replace(pointer, self.folder / "latest")
         for old in [*steps_in(self.folder)[:-plan.settings["keep"]], *self.folder.glob(".old_*")]:
-            if old != final:
-                shutil.rmtree(old, ignore_errors=True)
+            if old != final:                                 # first out of sight: half of one would stay for ever
+                gone = old if old.name.startswith(".") else old.rename(self.folder / f".old_{old.name}")
+                shutil.rmtree(gone, ignore_errors=True)
 
     def load(self, resume):
         """Continue from a checkpoint: (steps done, their losses)."""
@@ -214,7 +261,7 @@ class Checkpoints:
         torch.distributed.barrier()
         self.engine.load_checkpoint(str(folder), tag=TAG)
         torch.distributed.barrier()
-        if self.rank.rank == 0:
+        if self.rank.rank == 0:                              # what a failure leaves goes with the next save
             shutil.rmtree(folder, ignore_errors=True)
 
     def _convert(self, source, target):

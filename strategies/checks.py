@@ -2,14 +2,14 @@
 
 import os
 import resource
-import shlex
 import shutil
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from strategies import checkpoints, effective, models, resuming
+from strategies import checkpoints, commands, effective, models, resuming
 from yardstick import deepspeed_config, deepspeed_memory, launchers, op_cache, ranks, results
 from yardstick.settings import SettingsError
 
@@ -62,6 +62,8 @@ def check(settings, given=()):
     except ValueError as error:
         raise SettingsError(str(error)) from None
     resume = resuming.find(settings, given, world, say)
+    if settings["resume"] == "finished":
+        raise SystemExit(0)
     if settings["compile"] and not shutil.which(os.environ.get("CXX") or "c++") and not ranks.gpu_count():
         raise SettingsError("compile=True needs a C++ compiler on a CPU, and none is on PATH. Install one (Debian, Ubuntu: "
                             "apt-get install g++), or leave compile= out.")
@@ -77,6 +79,10 @@ def check(settings, given=()):
         raise SettingsError(f"LOCAL_RANK={os.environ['LOCAL_RANK']} but this machine has {ranks.gpu_count()} GPUs. "
                             "Start as many processes as there are GPUs.")
     precision = effective.precision_of(settings, gpu)
+    if resume and "global_batch" not in given and settings["global_batch"] % world:
+        whole = [n for n in range(1, settings["global_batch"] + 1) if settings["global_batch"] % n == 0]
+        raise SettingsError(f"{resume.path} is of a run with global_batch={settings['global_batch']}, which {world} ranks cannot share. "
+                            f"Start with RANKS= one of {', '.join(map(str, whole))}.")
     total, micro, times, how = effective.batch_triple(settings, config, world)
 
     say(f"{settings['strategy']} on {world} {'GPU' if gpu else 'CPU process'}{'s' if world > 1 and gpu else ''}"
@@ -100,10 +106,12 @@ def check(settings, given=()):
         raise SettingsError(f"nvme_path={settings['nvme_path']} is no folder. Make it, on the disk that is to hold the "
                             "swap files, or leave nvme_path= out.")
     nvme = nvme / f"swap-{stamp()}"                          # DeepSpeed empties it: no two runs may share it
+    if config.pop("scheduler", None):
+        notes.append("the config's scheduler is left out: the program has its own, schedule= and warmup_steps=")
     config = effective.effective(settings, config, micro=micro, accumulation=times, precision=precision, nvme_path=nvme,
                                  largest_share=-(-max(tensors.numels) // world))
     found = deepspeed_config.lint(config, ranks=world, accelerator=None if gpu else "cpu")
-    wrong = [finding for finding in found if finding.level == "error"]
+    wrong = [finding for finding in found if finding.level == "error" or finding.fails]
     if wrong:
         raise SettingsError(f"the DeepSpeed config of this run: {wrong[0].key}: {wrong[0].message}")
     notes += [f"{finding.key}: {finding.message}" for finding in found]
@@ -119,7 +127,7 @@ def check(settings, given=()):
     say(f"model {settings['model']}: {tensors.count:,} parameters, {seq} tokens a sequence, {precision}; data {corpus.name}: "
         f"{len(corpus.train):,} tokens  (checked in {time.monotonic() - begin:.0f} s)")
     plan = Plan(settings, config, ops, world, gpu, precision, total, micro, times, seq, corpus, model_config, tensors,
-                shape, folder, "strategies/" + effective.FOLDERS[settings["strategy"]], command_of(settings, world), notes,
+                shape, folder, "strategies/" + effective.FOLDERS[settings["strategy"]], commands.repeat(settings, world), notes,
                 nvme if "async_io" in ops else None, resume)
     check_checkpoints(plan)
     for note in notes:
@@ -132,14 +140,22 @@ def check_checkpoints(plan):
     settings, nbytes = plan.settings, deepspeed_memory.checkpoint_bytes(plan.tensors, plan.config)
     if settings["export"]:
         target = check_writable(Path(settings["export"]).resolve(), "export=")
-        if target.exists() and any(target.iterdir()):
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise SettingsError(f"export={settings['export']} is not empty. Give a folder that does not exist yet.")
+        if plan.folder.is_relative_to(target):
+            raise SettingsError(f"export={settings['export']} is the run's own folder, or holds it. Give another folder.")
+        checkpoints.check_space(target, deepspeed_memory.element_bytes(plan.config) * plan.tensors.count, what="the exported model")
+    checkpoints.seal({})                                     # makes the key, or says why it cannot
     if plan.resume:
         resuming.fit(plan.resume, plan)
+    elif checkpoints.steps_in(plan.folder / "checkpoints"):
+        raise SettingsError(f"{plan.folder} already holds checkpoints of another run. Give resume=auto to go on with that run, another "
+                            "output=, or remove its folder checkpoints.")
     if settings["save_every"]:
         saves = -(-settings["steps"] // settings["save_every"])
         copies = min(saves, settings["keep"] + 1)            # the next is written before the oldest goes
-        checkpoints.check_space(plan.folder, nbytes, copies)
+        files = plan.world if plan.config["zero_optimization"].get("stage", 0) else 1
+        checkpoints.check_space(plan.folder, nbytes, copies, largest=nbytes // files)
         plan.notes.append(f"a checkpoint of {nbytes / 1e6:,.0f} MB every {settings['save_every']} steps, the newest {settings['keep']} kept")
     if plan.resume:
         if os.environ.get("RANK", "0") == "0":               # of a launcher's ranks one reads all files, not each
@@ -165,29 +181,6 @@ def check_ranges(settings):
             continue
         rule = f"be at least {least:g}" if value < least else f"be at most {largest:g}" if value > largest else "be a number"
         raise SettingsError(f"{key}={value} must {rule}. Give {key}={least:g}, for example, or leave it out.")
-
-
-def command_of(settings, world):
-    """The command that repeats this run, with no path of this machine: run.sh and what differs from its defaults."""
-    personal = ("--", "strategy=", "output=", "nvme_path=", "resume=", "trust=", "export=")
-    words = [a for a in sys.argv[1:] if "=" in a and not a.startswith(personal)]
-    given = os.environ.get("RANKS") or ranks.is_rank()       # a launcher chose their number in its own words
-    ranks_given = f"RANKS={world} " if given else ""
-    return ranks_given + shlex.join(["bash", f"strategies/{effective.FOLDERS[settings['strategy']]}/run.sh", *words])
-
-
-def resume_command(plan):
-    """What continues a stopped run, as a user types it."""
-    world = f"RANKS={plan.world} " if os.environ.get("RANKS") else ""
-    where = [f"output={plan.settings['output']}"] if plan.settings["output"] else []
-    return world + shlex.join(["bash", f"strategies/{effective.FOLDERS[plan.settings['strategy']]}/run.sh", "resume=auto", *where])
-
-
-def say_what_is_left(plan):
-    """After a run that failed: from where it can go on."""
-    done = checkpoints.steps_in(plan.folder / "checkpoints")
-    if done:
-        say(f"the newest checkpoint is {checkpoints.shown(done[-1])}; continue with: {resume_command(plan)}")
 
 
 def quiet_libraries():
@@ -223,9 +216,14 @@ def stamp():
 def check_writable(folder, key):
     """`folder`, after checking that it is one or can be made, and be written."""
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise SettingsError(f"{folder} cannot be written: {there} is {'read-only here' if there.is_dir() else 'no folder'}. "
-                            f"Give another folder as {key}.")
+    why = "no folder" if not there.is_dir() else "read-only here" if not os.access(there, os.W_OK) else ""
+    if not why:
+        try:
+            tempfile.TemporaryFile(dir=there).close()        # root may write everywhere, says os.access
+        except OSError as error:
+            why = f"not writable ({error.strerror})"
+    if why:
+        raise SettingsError(f"{folder} cannot be written: {there} is {why}. Give another folder as {key}.")
     return folder
 
 

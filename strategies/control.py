@@ -86,9 +86,12 @@ class Control:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if self.bad else 0
         limit = LIMIT_FP16 if self.plan.precision == "fp16" else LIMIT
         if self.skipped_in_a_row >= limit:
-            raise SystemExit(f"[rank {self.rank.rank}/{self.rank.world}] {limit} updates in a row were skipped, the last at step "
-                             f"{step + 1}: the weights do not change any more. Resume from an earlier checkpoint with another seed= or "
-                             "data=, or start anew with a smaller learning_rate=.")
+            if self.rank.rank:
+                raise SystemExit(1)
+            raise SystemExit(f"{limit} updates in a row were skipped, the last at step {step + 1}: the weights do not change any more. "
+                             "Nothing was saved meanwhile. Start anew with a smaller learning_rate= or other data=; resume=auto steps=N "
+                             "export=FOLDER, with the step N of the newest checkpoint, writes weights from before as a model to begin "
+                             "with.")
 
 
 class SwapSpace:

@@ -38,6 +38,9 @@ def _check(config, strategy, path):
     for section in (config, config.get("optimizer", {})):
         for key in [key for key, value in section.items() if value is None]:
             del section[key]
+    if config.get("checkpoint", {}).get("load_universal") or config.get("zero_optimization", {}).get("elastic_checkpoint"):
+        raise SettingsError(f"{path}: \"checkpoint.load_universal\" and \"zero_optimization.elastic_checkpoint\" are set by this program "
+                            "where it resumes on another number of ranks. Delete them.")
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage != STAGES[strategy]:
         fitting = [name for name, number in STAGES.items() if number == stage]

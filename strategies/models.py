@@ -1,5 +1,7 @@
 """The model of a run: its configuration, the sizes of its tensors, and, on a rank, the model itself and its use."""
 
+import os
+
 from yardstick import deepspeed_memory, shapes
 from yardstick.settings import SettingsError, nearest
 from yardstick.shapes import MODELS
@@ -27,6 +29,10 @@ def configuration(settings, gpu):
                             f"here ({type(error).__name__}: {str(error).splitlines()[0][:160]}). "
                             "Give the path of a folder with config.json, or a name of that list.") from None
     config.use_cache = False
+    if settings["pretrained"] and os.path.isdir(name) and not any(
+            file.endswith((".safetensors", ".bin", ".safetensors.index.json")) for file in os.listdir(name)):
+        raise SettingsError(f"pretrained=True: the folder model={name} has no weights (*.safetensors, *.bin). Leave pretrained= out to "
+                            "begin with random ones, or give a folder that save_pretrained has written.")
     return config, None
 
 
@@ -111,7 +117,6 @@ def export(engine, plan, rank):
 
     Safetensors in the precision that computes, tied weights once, with config and tokenizer; the folder appears when complete.
     """
-    import os
     import shutil
     from pathlib import Path
 
@@ -133,17 +138,23 @@ def export(engine, plan, rank):
         model.tie_weights()
         model.to(next(iter(tensors.values())).dtype)
         try:
+            part.parent.mkdir(parents=True, exist_ok=True)
             model.save_pretrained(part)
             _tokenizer(plan).save_pretrained(part)
             again = AutoModelForCausalLM.from_pretrained(part, dtype="auto")
             wrong = [name for name, parameter in again.named_parameters() if not torch.equal(parameter, tensors[name])]
             if wrong or again.state_dict().keys() != engine.module.state_dict().keys():
-                raise SystemExit(f"export={folder}: what was written does not read back as the trained weights ({wrong[:3]}).")
+                raise OSError(f"what was written does not read back as the trained weights ({wrong[:3]})")
+        except Exception as error:                                           # safetensors has exceptions of its own
+            shutil.rmtree(part, ignore_errors=True)
+            raise SystemExit(f"export={folder} failed: {str(error).splitlines()[0]}. The weights of the last step are in its checkpoint, "
+                             "where one was saved (save_every=): resume=auto export= on another disk writes them.") from None
+        try:
             if folder.exists():
                 folder.rmdir()                                               # it was checked to be empty
             part.rename(folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+        except OSError as error:
+            raise SystemExit(f"export={folder} cannot be put there ({error.strerror}); the whole model is in {part}.") from None
         print(f"exported {len(tensors)} tensors, read back and compared: model={folder} pretrained=True trains on, "
               "AutoModelForCausalLM.from_pretrained opens it", flush=True)
     torch.distributed.barrier()

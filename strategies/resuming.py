@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from strategies import effective
-from strategies.checkpoints import digest, seal, shown, steps_in
+from strategies.checkpoints import PATHS, absolute, digest, seal, shape_of, shown, steps_in
 from yardstick.settings import SettingsError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +39,8 @@ def find(settings, given, world, say=print):
     checkpoint that is none, is not complete, or contradicts what was given.
     """
     wanted = settings["resume"]
+    if settings["trust"] and not Path(settings["trust"]).is_dir():
+        raise SettingsError(f"trust={settings['trust']} is no folder. Give that of the checkpoint that you trust.")
     if wanted == "none":
         return None
     if wanted != "auto":
@@ -49,18 +51,30 @@ def find(settings, given, world, say=print):
             raise SettingsError(f"resume={wanted}: {differs}. A resumed run keeps what its losses depend on: leave that out, or "
                                 "start anew with resume=none.")
         _take_over(found.manifest, settings, given, world)
-        return found
+        return _of(found, world)
     base = Path(settings["output"]).resolve() if settings["output"] else None
     home = ROOT / "runs" / "strategies" / effective.FOLDERS[settings["strategy"]]
-    paths = steps_in(base / "checkpoints") if base else [p for run in home.glob("*/checkpoints") for p in steps_in(run)]
+    runs = [steps_in(folder) for folder in ([base / "checkpoints"] if base else home.glob("*/checkpoints"))]
+    newest = [steps[-1] for steps in runs if steps]          # of each run
     reason = f"there is no checkpoint under {shown(base or home)}"
-    for path in sorted(paths, key=lambda p: (p / "manifest.json").stat().st_mtime_ns, reverse=True):
-        manifest = read(path, settings["trust"])
+    for path in sorted(newest, key=lambda p: (p / "manifest.json").stat().st_mtime_ns, reverse=True):
+        try:
+            manifest = read(path, settings["trust"])
+        except SettingsError as error:
+            if base:
+                raise
+            say(f"resume=auto: left out: {error}")
+            continue
         differs = _contradictions(manifest, settings, given)
         if not differs:
             _take_over(manifest, settings, given, world)
+            if manifest["step"] >= settings["steps"] and not settings["export"]:
+                say(f"resume=auto: nothing is left to do: {shown(path)} is of step {manifest['step']}, and steps={settings['steps']}. "
+                    "Give more steps=, or export=FOLDER to write the model.")
+                settings["resume"] = "finished"              # no fault: a job that is started again ends well
+                return None
             settings["output"] = str(path.parent.parent)     # the run goes on where it was
-            return Resume(path, manifest)
+            return _of(Resume(path, manifest), world)
         if base:
             raise SettingsError(f"resume=auto: {shown(path)} belongs to another run: {differs}. Give another output=, or remove "
                                 "that folder to start anew there.")
@@ -69,6 +83,15 @@ def find(settings, given, world, say=print):
     settings["resume"] = "none"
     say(f"resume=auto: {reason}; this run begins at step 1")
     return None
+
+
+def _of(resume, world):
+    """`resume`, unless it cannot be continued by this many ranks."""
+    saved = resume.manifest["world"]
+    if resume.manifest["resolved"].get("strategy") == "infinity" and saved != world:
+        raise SettingsError(f"{resume.path} was written by {saved} ranks and this run has {world}. strategy=infinity keeps its ranks: "
+                            f"DeepSpeed cannot cut NVMe shares anew. Start with RANKS={saved}.")
+    return resume
 
 
 def _named(path):
@@ -90,17 +113,24 @@ def read(path, trust=None):
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        files, step, sealed = manifest["files"], manifest["step"], manifest["seal"]
-        settings, world = manifest["settings"], manifest["world"]
-        assert isinstance(files, dict) and isinstance(step, int) and isinstance(settings, dict) and isinstance(world, int)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        files, sealed = manifest["files"], str(manifest["seal"]).encode()
+        types = {"files": dict, "step": int, "settings": dict, "resolved": dict, "world": int, "data": str, "model": dict, "config": dict,
+                 "loss": list}
+        wrong = [key for key, kind in types.items() if not isinstance(manifest[key], kind)]
+        if wrong or not all(isinstance(entry, list) and len(entry) == 2 for entry in files.values()):
+            raise ValueError(f"{(wrong or ['files'])[0]} is not what is written there")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SettingsError(f"{path} is damaged: its manifest.json cannot be read ({type(error).__name__}: {error}). "
                             + _instead(path)) from None
-    if not hmac.compare_digest(str(sealed), seal(manifest)) and (trust is None or Path(trust).resolve() not in
+    if not hmac.compare_digest(sealed, seal(manifest).encode()) and (trust is None or Path(trust).resolve() not in
                                                                  (path, path.parent, path.parent.parent)):
         raise SettingsError(f"{path} was not written by this checkout, or was changed since: its seal is not ours. Loading it "
                             "unpickles, which runs whatever code its author put in. Take its weights as safetensors instead "
                             f"(export=, then model=FOLDER pretrained=True), or, if you trust it, add trust={path}.")
+    stray = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()} - {*files, "manifest.json"}
+    if stray:                                                # DeepSpeed picks files by pattern
+        raise SettingsError(f"{path} holds {sorted(stray)[0]}, which was not there when it was saved, and loading might unpickle it. Remove "
+                            "that file.")
     for name, (size, _) in files.items():
         there = (path / name).stat().st_size if (path / name).is_file() else None
         if there != size:
@@ -125,7 +155,8 @@ def _contradictions(manifest, settings, given):
     """What of `given` a checkpoint's run had otherwise, in words; "" if nothing."""
     had = {**manifest["settings"], **manifest["resolved"]}
     for key in SAME:
-        if (key in given or key == "strategy") and settings[key] not in (had.get(key), None, "auto"):
+        wanted = absolute(settings[key]) if key in PATHS else settings[key]
+        if key in given and wanted not in (had.get(key), None, "auto"):
             return f"{key}={settings[key]} was given, and it has {key}={had.get(key)}"
     return ""
 
@@ -146,9 +177,18 @@ def fit(resume, plan):
     """Refuse a resume that this number of ranks, this config or these steps cannot continue; sets resume.convert."""
     manifest, strategy = resume.manifest, plan.settings["strategy"]
     resume.convert = manifest["world"] != plan.world and strategy not in ("dp", "infinity")
-    if strategy == "infinity" and manifest["world"] != plan.world:
-        raise SettingsError(f"{resume.path} was written by {manifest['world']} ranks and this run has {plan.world}. strategy=infinity "
-                            f"keeps its ranks: DeepSpeed cannot cut NVMe shares anew. Start with RANKS={manifest['world']}.")
+    optimizer = plan.config["optimizer"]["type"]
+    if resume.convert and optimizer.lower() not in ("adam", "adamw"):
+        raise SettingsError(f"{resume.path} was written by {manifest['world']} ranks, and a universal checkpoint, by which another number "
+                            f"of ranks loads it, takes Adam's states and not {optimizer}'s. Start with RANKS={manifest['world']}.")
+    changed = differences(manifest["model"], shape_of(plan.model_config))
+    if changed:
+        raise SettingsError(f"model={plan.settings['model']} is not the model that {shown(resume.path)} is of: {changed[0]}. Give that "
+                            "one, or start anew with resume=none.")
+    if manifest["data"] != plan.corpus.sha256:
+        raise SettingsError(f"data={plan.settings['data']}: the text is not the one that {shown(resume.path)} was trained on (SHA-256 "
+                            f"{plan.corpus.sha256[:12]}, was {manifest['data'][:12]}). Bring that text back, or start anew with resume=none; "
+                            "its weights can be taken along by export=.")
     differs = differences(manifest["config"], plan.config)
     if differs:
         raise SettingsError(f"resume={plan.settings['resume']}: the DeepSpeed config differs from the checkpoint's in {differs[0]}. A "

@@ -44,6 +44,11 @@ class Finding:
     def __str__(self):
         return f"{self.level}: {self.key}: {self.message}"
 
+    @property
+    def fails(self):
+        """True for a warning of what DeepSpeed takes, and then ends with an exception: its message says so."""
+        return self.level == "warning" and re.search(r"\bfails?\b", self.message) is not None
+
 
 # Reading
 
@@ -57,7 +62,11 @@ def read(path):
 
 def _read(path):
     """(config, text of the file)."""
-    import hjson
+    try:
+        import hjson
+    except ModuleNotFoundError:
+        raise ValueError(f"this Python ({sys.executable}) has no module hjson, by which DeepSpeed reads configs. Run `source env.sh` "
+                         "first, or pip install hjson.") from None
 
     def once(pairs):
         keys = [key for key, _ in pairs]
@@ -67,6 +76,8 @@ def _read(path):
                                  "DeepSpeed refuses. Keep one of them.")
         return dict(pairs)
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError("it is no file")                   # a pipe would be waited for
         text = Path(path).read_text(encoding="utf-8-sig")
         config = hjson.loads(text, object_pairs_hook=once)
     except FileNotFoundError:
@@ -75,6 +86,10 @@ def _read(path):
         raise ValueError(f"{path} cannot be read as a config file ({error}). Give a JSON file.") from None
     except hjson.HjsonDecodeError as error:
         raise ValueError(f"{path} is not JSON that DeepSpeed can read: {' '.join(str(error).split())}. Mend that line.") from None
+    except OverflowError:
+        raise ValueError(f"{path} holds a number that is larger than any that a computer counts with. Mend it.") from None
+    except RecursionError:
+        raise ValueError(f"{path} has more sections inside each other than can be read. Give a DeepSpeed config.") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds no config: it must be a JSON object, {{...}}. Put the keys between braces.")
     return config, text
@@ -266,6 +281,11 @@ def _check_keys(config, transformers=False):
     def walk(section, prefix):
         for name, value in section.items():
             raw = f"{prefix}{name}"
+            if "." in name:
+                section, _, last = raw.rpartition(".")
+                error(raw, f"a name with a dot is an unknown key: sections are nested. Write {{\"{section}\": {{\"{last}\": ...}}}}."
+                      if raw in KEYS else "unknown key: no name of DeepSpeed's has a dot. Delete it.")
+                continue
             key, spec = FIELDS.get(raw, raw), entry(raw, config)
             if spec is None:
                 error(raw, _unknown(raw, config))
@@ -352,6 +372,8 @@ def explain(config, **options):
 
 def _value(config, key):
     for name in key.split("."):
+        if name not in config:
+            return None                                      # a key with a dot in its name is no path
         config = config[name]
     return config
 
@@ -366,6 +388,8 @@ def main(arguments):
     parser.add_argument("--accelerator", choices=["cpu", "cuda"], help="what the config will run on")
     given = vars(parser.parse_args(arguments))
     command, path = given.pop("command"), given.pop("file")
+    if given["ranks"] is not None and given["ranks"] < 1:
+        raise ValueError(f"--ranks {given['ranks']} is no number of ranks. Give 1 or more.")
     config, text = _read(path)
     if command == "explain":
         print(explain(config, **given))
@@ -373,6 +397,8 @@ def main(arguments):
     lines, found = _lines(text, config), lint(config, **given)
     for finding in found:
         print(f"{path}{f':{lines[finding.key]}' if finding.key in lines else ''}: {finding}")
+    if not found:
+        print(f"{path}: no findings")
     return 1 if any(finding.level == "error" for finding in found) else 0
 
 

@@ -9,6 +9,7 @@ per cent (deepspeed_peak), bytes sent exact (deepspeed_traffic), seconds an esti
 """
 
 import json
+import shlex
 import signal
 import sys
 from dataclasses import dataclass, replace
@@ -125,7 +126,7 @@ def _seconds(job, strategy, config, items, rows, tensors, accumulation, recomput
     seconds = step_time.step_seconds(
         machine, flops=formulas.train_flops(replace(job.shape, seq=job.seq), job.global_batch, recompute=recompute),
         collectives=known, adam_device=0 if on_host else share, adam_host=share * machine.per_node if on_host else 0,
-        pcie_bytes=pcie if job.gpu else 0, nvme_bytes=nvme, overlap=stage == 3 and zero["stage3_prefetch_bucket_size"] > 0)
+        pcie_bytes=pcie if job.gpu else 0, nvme_bytes=nvme, overlap=job.gpu and stage == 3 and zero["stage3_prefetch_bucket_size"] > 0)
     return {**seconds, "ring_bytes": sum(formulas.ring_bytes(r.kind, r.payload_bytes, machine.devices) for r in rows),
             "tokens_per_second": job.global_batch * job.seq / seconds["total"]}
 
@@ -177,8 +178,11 @@ def write(job, option):
     """Write the config, and the model's where it is given by sizes; return (path of the config, the line that runs it)."""
     folder = folder_of(job, option)
     there = folder if folder.is_absolute() else ROOT / folder
-    there.mkdir(parents=True, exist_ok=True)
-    (there / "config.json").write_text(json.dumps(option.config, indent=2) + "\n")
+    try:
+        there.mkdir(parents=True, exist_ok=True)
+        (there / "config.json").write_text(json.dumps(option.config, indent=2) + "\n")
+    except OSError as error:
+        raise SettingsError(f"the config cannot be written to {there} ({error.strerror}). Give another folder as output=.") from None
     model = job.given_folder or job.name
     if job.settings["layers"] is not None:
         (there / "model").mkdir(exist_ok=True)
@@ -191,7 +195,7 @@ def write(job, option):
     if job.settings["activation_checkpointing"]:
         words.append("activation_checkpointing=True")
     machine = job.machine
-    words = ["real_model_example.py", *(f"'{word}'" if " " in word else word for word in words)]
+    words = ["real_model_example.py", *map(shlex.quote, words)]
     if machine.nodes == 1:
         start = [f"RANKS={machine.devices}", *(["DS_ACCELERATOR=cpu"] if not job.gpu else []), "python"]
     else:

@@ -1,6 +1,7 @@
 """What `yardstick.plan` plans: a model, machines and a batch with all defaults filled in, and the config of each strategy."""
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,11 +46,16 @@ def job_of(settings):
                             "link= and pcie= as well.")
     for key in ("devices", "devices_per_node", "global_batch", "micro_batch", "seq", "device_memory", "peak", "link",
                 "node_link", "pcie", "nvme_bandwidth", "host_memory", "efficiency"):
-        if settings[key] is not None and settings[key] <= 0:
-            raise SettingsError(f"{key}={settings[key]} must be more than 0.")
-    if not 0 <= settings["reserve"] < 1 or settings["nvme"] < 0:
-        raise SettingsError(f"reserve={settings['reserve']} must lie between 0 and 1, nvme={settings['nvme']} must not be "
-                            "negative.")
+        if settings[key] is not None and not 0 < settings[key] < math.inf:
+            raise SettingsError(f"{key}={settings[key]} must be more than 0, and finite.")
+    if not 0 <= settings["reserve"] < 1:
+        raise SettingsError(f"reserve={settings['reserve']} must lie between 0 and 1.")
+    if not 0 <= settings["nvme"] < math.inf:
+        raise SettingsError(f"nvme={settings['nvme']} must not be negative, and finite.")
+    if settings["efficiency"] > 1:
+        raise SettingsError(f"efficiency={settings['efficiency']} must be at most 1: it is a share of the peak.")
+    if shape.layers > 10_000:
+        raise SettingsError(f"{shape.layers} layers are more than this program plans; 10000 are the most.")
     devices = settings["devices"]
     per_node = settings["devices_per_node"] or (devices if devices <= 8 else 8)
     if devices % per_node:
@@ -59,10 +65,14 @@ def job_of(settings):
         precision = "fp32" if not gpu else "fp16" if known in hardware.NO_BF16 else "bf16"
     if precision == "fp16" and not gpu:
         raise SettingsError("precision=fp16: a CPU has none that DeepSpeed uses. Give precision=bf16 or fp32.")
+    if precision == "bf16" and known in hardware.NO_BF16:
+        raise SettingsError(f"precision=bf16: {known} has no bf16 arithmetic. Give precision=fp16 or fp32.")
     seq = settings["seq"] or min(1024 if gpu else 128, shape.seq)
     if seq > shape.seq:
         raise SettingsError(f"seq={seq} is longer than the {shape.seq} positions of model={name}. Give seq={shape.seq} or "
                             "less.")
+    if seq < 2:
+        raise SettingsError(f"seq={seq}: a sequence needs at least 2 tokens, one to predict from and one to predict.")
     total = settings["global_batch"] or 8 * devices
     if total % devices:
         raise SettingsError(f"global_batch={total} cannot be shared out over devices={devices}. Give a multiple of {devices}.")
@@ -113,11 +123,11 @@ def _model(settings):
 def _folder(path, name):
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SettingsError(f"{path} cannot be read as JSON ({error}). Give the folder of a transformers model.") from None
     try:
         shape, notes = shapes.from_config_json(fields if isinstance(fields, dict) else {})
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise SettingsError(f"{path}: {error}") from None
     return shape, name, notes
 

@@ -45,7 +45,8 @@ def heading(job):
     nodes = f"{machine.nodes} nodes of {machine.per_node}" if machine.nodes > 1 else "one node"
     lines = [f"{job.name}: {formulas.param_count(job.shape):,} parameters, {job.precision}, {job.seq} tokens a sequence, "
              f"{job.global_batch} sequences a step"
-             + (", activation checkpointing" if job.settings["activation_checkpointing"] else "") + ("; infinity in bf16 always" if job.precision != "bf16" else ""),
+             + (", activation checkpointing" if job.settings["activation_checkpointing"] else "")
+             + ("; infinity in bf16 always" if job.precision != "bf16" else ""),
              f"{machine.devices} x {job.device} with {gb(job.memory['device'])} GB on {nodes}"
              + (f", {gb(job.memory['host'])} GB of host memory a node" if job.gpu else "")
              + (f", {gb(job.memory['nvme'])} GB of NVMe a node" if job.memory["nvme"] else ", no NVMe (nvme=0)"),
@@ -58,16 +59,18 @@ def table(job, options):
     """All strategies, ranked, with memory by item, bytes sent and estimated time; then why each is where it is."""
     names = list(columns(job, options[0]))
     rows = [["strategy", "micro", "peak", "free", "in", *names, "host", "NVMe", "sent", "step s", "tokens/s"]]
+    unit, name = (1e9, "GB = 1e9") if max(option.needed["device"] for option in options) >= 1e9 else (1e6, "MB = 1e6")
+    cell = lambda nbytes: f"{nbytes / unit:,.1f}"
     for option in options:
         sums, moment = columns(job, option), peak_of(job, option)
-        rows.append([option.strategy, str(option.micro_batch), gb(option.needed["device"]),
-                     gb(job.memory["device"] * (1 - job.settings["reserve"]) - option.needed["device"]), moment.name,
-                     *(gb(sums[name]) for name in names), gb(option.needed["host"]), gb(option.needed["nvme"]),
-                     gb(option.ring_bytes), f"{option.seconds['total']:.2f}", f"{option.seconds['tokens_per_second']:,.0f}"])
+        rows.append([option.strategy, str(option.micro_batch), cell(option.needed["device"]),
+                     cell(job.memory["device"] * (1 - job.settings["reserve"]) - option.needed["device"]), moment.name,
+                     *(cell(sums[column]) for column in names), cell(option.needed["host"]), cell(option.needed["nvme"]),
+                     cell(option.ring_bytes), f"{option.seconds['total']:.2f}", f"{option.seconds['tokens_per_second']:,.0f}"])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) if i in (0, 4) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
              for row in rows]
-    legend = ("GB = 1e9 bytes. micro: sequences of one forward on a device. peak: the most that one device holds, in which moment of a "
+    legend = (f"{name} bytes. micro: sequences of one forward on a device. peak: the most that one device holds, in which moment of a "
               "step, and its items; passing: copies for collectives, Adam's temporaries and the like. host, NVMe: of one node. "
               "sent: by one device in one step. Seconds are an estimate (yardstick/step_time.py).")
     return "\n".join([heading(job), "", *lines, "", textwrap.fill(legend, 120), "", *why(job, options)])

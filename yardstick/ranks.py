@@ -201,8 +201,13 @@ def _fork(function, rank, world, port, failures, graceful):
             print(stop.code, file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
-    except BaseException:
-        print(f"[rank {rank}/{world}] {time.strftime('%H:%M:%S')} failed:\n{traceback.format_exc()}", file=sys.stderr)
+    except BaseException as error:
+        first = min((at for at in struct.unpack_from(f"{world}d", failures) if at), default=None)
+        if first and time.monotonic() - first < GRACE_SECONDS:           # it lost its peer; the cause stands above
+            print(f"[rank {rank}/{world}] {time.strftime('%H:%M:%S')} then failed too: {type(error).__name__}: "
+                  f"{(str(error).splitlines() or [''])[0][:120]}", file=sys.stderr)
+        else:
+            print(f"[rank {rank}/{world}] {time.strftime('%H:%M:%S')} failed:\n{traceback.format_exc()}", file=sys.stderr)
     if code:                                             # before the others can notice
         struct.pack_into("d", failures, 8 * rank, time.monotonic())
     sys.stdout.flush()
@@ -234,14 +239,15 @@ def start(function, world, gpu=False, say=lambda text: print(text, file=sys.stde
         asked.append(number)
     before = {number: signal.signal(number, terminated) for number in (signal.SIGINT, signal.SIGTERM)}
     before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, signal.SIG_IGN)       # a rank that does not listen yet survives it
-    pids, failed, deadline, told, late = {}, 0, None, False, []
+    pids, failed, deadline, told, late = {}, 0, None, 0.0, []
     try:
         for rank in range(world):
             pids[_spawn(rank, world, port) if gpu else _fork(function, rank, world, port, failures, graceful)] = rank
         while pids:
-            if asked and not told:
-                told = True
-                say("stopping after this step; press Ctrl-C again to end at once")
+            if asked and time.monotonic() > told + 1:    # again and again: a rank may not have listened yet
+                if not told:
+                    say("stopping after this step; press Ctrl-C again to end at once")
+                told = time.monotonic()
                 for pid in pids:
                     os.kill(pid, signal.SIGUSR1)
             ended = [(pid, status) for pid, status in (os.waitpid(pid, os.WNOHANG) for pid in pids) if pid]

@@ -27,9 +27,12 @@ class ModelShape:
     qkv_bias: bool = False
 
     def __post_init__(self):
-        for name in ("layers", "hidden", "heads", "vocab", "seq"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} of a ModelShape must be at least 1.")
+        for name in ("layers", "hidden", "heads", "vocab", "seq", "kv_heads", "ffn"):
+            value = getattr(self, name)
+            if value is None and name in ("kv_heads", "ffn"):
+                continue
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value} of a ModelShape must be a whole number, at least 1.")
         if self.hidden % self.heads:
             raise ValueError(f"heads={self.heads} does not divide hidden={self.hidden}.")
         if self.kv_heads and self.heads % self.kv_heads:

@@ -38,6 +38,18 @@ def training(changes, stop_after=None):
     return rank
 
 
+def claimed(changes):
+    """Ranks of a run into whose folder another writes: this process, which started them."""
+    import fcntl
+    from pathlib import Path
+    folder = Path(changes["output"]) / "checkpoints"
+    folder.mkdir(parents=True)
+    lock = open(folder / "lock", "w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    run = training(changes)
+    return lambda: (lock, run())[1]
+
+
 def settings(strategy, models, folder, **changes):
     """infinity's model has shares that are swapped, and a bucket that holds its largest tensor."""
     own = {"model": models["wide"], "reduce_bucket_size": None} if strategy == "infinity" else {"model": models["odd"]}
@@ -173,6 +185,36 @@ def test_a_resumed_run_keeps_what_its_losses_depend_on(saved, tmp_path, monkeypa
     assert made.settings["output"] == str(tmp_path / "new")
 
 
+def test_a_run_beside_anothers_checkpoints_is_refused(saved, monkeypatch):
+    folder, _ = saved("zero2", precision="fp32")
+    assert "already holds checkpoints of another run" in refusal(monkeypatch, strategy="zero2", output=str(folder), model="tiny")
+
+
+def test_another_model_under_the_same_name_is_noticed(launch, models, tmp_path, monkeypatch):
+    model = shutil.copytree(models["odd"], tmp_path / "model")
+    run = settings("dp", models, tmp_path / "run", model=str(model), steps=1, save_every=1)
+    launch(training, run).good()
+    fields = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**fields, "resid_pdrop": 0.1}))
+    message = refusal(monkeypatch, strategy="dp", resume="auto", output=run["output"], steps=4)
+    assert "is not the model that" in message and "resid_pdrop: 0.0 there, 0.1 here" in message
+
+
+def test_a_finished_run_ends_well(saved, monkeypatch, capsys):
+    """A job script that always says resume=auto is started once more."""
+    folder, _ = saved("zero2", precision="fp32")
+    monkeypatch.setenv("RANKS", "2")
+    with pytest.raises(SystemExit) as ended:
+        cases.plan(strategy="zero2", resume="auto", output=str(folder))
+    assert ended.value.code == 0 and "nothing is left to do" in capsys.readouterr().err
+
+
+def test_ranks_that_cannot_share_the_batch(saved, monkeypatch):
+    folder, _ = saved("zero2", precision="fp32")
+    message = refusal(monkeypatch, "4", strategy="zero2", resume="auto", output=str(folder), steps=9)
+    assert "global_batch=6, which 4 ranks cannot share" in message and "RANKS= one of 1, 2, 3, 6" in message
+
+
 def test_auto_begins_anew_where_nothing_fits(saved, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANKS", "2")
     made = cases.plan(strategy="zero2", resume="auto", output=str(tmp_path / "empty"), model="tiny")
@@ -223,6 +265,21 @@ def test_a_damaged_checkpoint_is_refused(saved, tmp_path, monkeypatch):
         assert "is damaged" in message and words in message and "Remove that folder" in message
 
 
+def test_a_file_that_was_not_saved_is_not_loaded(saved, tmp_path, monkeypatch):
+    folder, _ = saved("zero2", precision="fp32")
+    run = damaged(folder, tmp_path / "run", lambda step: (step / "deepspeed" / "mp_rank_01_model_states.pt").write_bytes(b"x"))
+    assert "deepspeed/mp_rank_01_model_states.pt, which was not there when it was saved" in refusal(monkeypatch, **run)
+
+
+def test_another_text_is_noticed(launch, models, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten\n" * 400)
+    run = settings("dp", models, tmp_path / "run", data=str(tmp_path / "text.txt"), steps=2, save_every=2)
+    launch(training, run).good()
+    (tmp_path / "text.txt").write_text("ten nine eight seven six five four three two one\n" * 400)
+    message = refusal(monkeypatch, strategy="dp", resume="auto", output=run["output"], steps=4)
+    assert "the text is not the one" in message and "export=" in message
+
+
 class Trap:
     def __reduce__(self):
         return os.system, (f"touch {self.path}",)
@@ -244,7 +301,8 @@ def test_a_foreign_checkpoint_is_not_unpickled(saved, tmp_path, monkeypatch):
     step = tmp_path / "run" / "checkpoints" / "step_00000003"
     message = refusal(monkeypatch, **run)
     assert "its seal is not ours" in message and f"trust={step}" in message and "safetensors" in message
-    assert "its seal is not ours" in refusal(monkeypatch, **run, trust=str(tmp_path / "other"))
+    assert "its seal is not ours" in refusal(monkeypatch, **run, trust=str(folder))
+    assert "no folder" in refusal(monkeypatch, **run, trust=str(tmp_path / "none"))
     monkeypatch.setenv("RANKS", "2")
     assert cases.plan(**run, trust=str(step)).resume.step == 3           # asked for by name
     assert not mark.exists()                                             # looking at it ran nothing
@@ -257,6 +315,8 @@ def test_another_checkouts_seal_is_foreign(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "KEY", tmp_path / "cache" / "key")
     assert "its seal is not ours" in refusal(monkeypatch, strategy="zero2", resume="auto", output=str(folder), steps=9)
     assert (tmp_path / "cache" / "key").stat().st_mode & 0o077 == 0
+    (tmp_path / "cache" / "key").write_text("")          # anyone could seal with that
+    assert "64 hexadecimal digits" in refusal(monkeypatch, strategy="zero2", resume="auto", output=str(folder), steps=9)
 
 
 def test_folders_that_are_no_checkpoint(tmp_path, monkeypatch):
@@ -282,8 +342,11 @@ def test_too_little_disk_is_refused_before(monkeypatch, tmp_path):
     from collections import namedtuple
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "total used free")(10**9, 0, 3 * 10**8))
     message = refusal(monkeypatch, model="tiny", save_every=5, output=str(tmp_path / "run"))
-    assert "3 checkpoints of 0.24 GB" in message and "0.30 GB free" in message and "save_every=0" in message
-    assert "2 checkpoints" in refusal(monkeypatch, model="tiny", save_every=10, output=str(tmp_path / "run"))
+    assert "a checkpoint takes 237.4 MB, 3 are to be on the disk at once" in message
+    assert "has 300.0 MB free" in message and "save_every=0" in message
+    assert "2 are to be" in refusal(monkeypatch, model="tiny", save_every=10, output=str(tmp_path / "run"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "total used free")(10**9, 0, 6 * 10**7))
+    assert "the exported model takes 59.4 MB" in refusal(monkeypatch, model="tiny", export=str(tmp_path / "model"))
 
 
 def test_old_checkpoints_go(launch, models, tmp_path):
@@ -385,6 +448,16 @@ def test_export_wants_a_new_folder(tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "config.json").write_text("{}")
     assert "is not empty" in refusal(monkeypatch, model="tiny", export=str(tmp_path / "there"))
+    run = str(tmp_path / "run")
+    assert "is the run's own folder" in refusal(monkeypatch, model="tiny", export=run, output=run)
+    if os.path.isdir("/proc/self"):                      # where not even root may write
+        assert "cannot be written" in refusal(monkeypatch, model="tiny", export="/proc/self/model")
+
+
+def test_two_runs_do_not_write_into_one_folder(launch, models, tmp_path):
+    out = launch(claimed, settings("dp", models, tmp_path / "run", save_every=1))
+    assert out.code == 1 and "another run is writing its checkpoints there; give each run its own output=" in out.log
+    assert "Traceback" not in out.log.split("could not be written")[0]
 
 
 @slow

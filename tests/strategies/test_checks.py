@@ -130,6 +130,21 @@ def test_config_that_is_a_folder(tmp_path):
     agrees(refusal(f"config={tmp_path}"), str(tmp_path), "JSON file")
 
 
+@pytest.mark.parametrize("change,words", [
+    ({"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}, "ZeRO fails with this optimizer"),
+    ({"prescale_gradients": True}, "fails at stages 2 and 3"),
+    ({"checkpoint": {"load_universal": True}}, "are set by this program")])
+def test_config_of_which_the_linter_knows_that_it_fails(tmp_path, change, words):
+    given = json.loads((cases.ROOT / "strategies/3_zero_stage2/config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**given, **change}))
+    agrees(refusal("model=tiny", f"config={tmp_path / 'config.json'}"), words)
+
+
+def test_a_folder_without_weights(tmp_path):
+    folder = cases.model_folder(tmp_path / "model", **cases.SMALL)
+    agrees(refusal(f"model={folder}", "pretrained=True", "seq=16"), "has no weights", "safetensors")
+
+
 def test_texts_that_are_too_short_or_no_text(tmp_path):
     (tmp_path / "short.txt").write_text("three words only")
     agrees(refusal(f"data={tmp_path / 'short.txt'}", "model=tiny"), "fewer than one window of 128",
