@@ -18,6 +18,7 @@ from yardstick.results import ROOT, path_pattern
 # The parts of yardstick, by what they may import. A new module is named here before it passes.
 PARTS = {
     "core": "settings shapes formulas step_time schedules hardware plan plan_job plan_text results documents deepspeed_map "
+            "deepspeed_source deepspeed_citations call_trace "
             "launchers deepspeed_config deepspeed_rules deepspeed_memory deepspeed_peak deepspeed_traffic".split(),
     "arrays": "data data_sources figures".split(),
     "torch": "ranks matmul model ledger probe traffic op_cache report report_text progress watchdog".split()}

@@ -16,7 +16,7 @@ import urllib.parse
 
 import pytest
 
-from yardstick import documents, settings
+from yardstick import deepspeed_citations, deepspeed_map, documents, settings
 from yardstick.results import ROOT
 
 FENCE = re.compile(r"^ *(?P<fence>`{3,}|~{3,}) *(?P<language>[\w-]*)[^\n]*\n"
@@ -248,16 +248,20 @@ def resolves(file, symbol):
 
 
 def symbol_errors(path, text, package):
-    """The section "Where in DeepSpeed" names what is there, as `runtime/engine.py: DeepSpeedEngine.step` or
-    `deepspeed.initialize`."""
+    """The section "Where in DeepSpeed" names what is there, as an anchor, `ds:engine.step`, or as
+    `runtime/engine.py: DeepSpeedEngine.step` or `deepspeed.initialize`."""
     errors, prose = [], blank(FENCE, text)
     for heading in HEADING.finditer(prose):
         if "where in deepspeed" not in heading[2].lower():
             continue
         rest = prose[heading.end():]
         after = next((h for h in HEADING.finditer(rest) if len(h[1]) <= len(heading[1])), None)
-        named = 0
-        for match in CODE.finditer(rest[:after.start() if after else None]):
+        rest = rest[:after.start() if after else None]
+        cited = deepspeed_citations.cited_names(rest)
+        named = len(cited)
+        errors += [f"{path}:{line_of(prose, heading.end()) + line - 1}: ds:{name} is no anchor (yardstick/deepspeed_map.json)"
+                   for line, name in cited if name not in deepspeed_map.ANCHORS]
+        for match in CODE.finditer(rest):
             if found := re.fullmatch(r"(?:deepspeed/)?([\w/]+\.py)(?: *: *([\w.]+)(?:\(\))?)?", match[2].strip()):
                 file, symbol = package / found[1], found[2]
             elif re.fullmatch(r"deepspeed(\.\w+)+(\(\))?", match[2]):
@@ -388,6 +392,8 @@ def test_commands(small, command, says):
     ("`runtime/engine.py: DeepSpeedEngine.step` and `runtime/engine.py:DeepSpeedEngine.config`", 0),
     ("`deepspeed.initialize()`, `deepspeed.runtime.engine.DeepSpeedEngine`, `deepspeed/runtime/engine.py`", 0),
     ("`runtime/engine.py: helper.inner`, `runtime/engine.py: LIMIT`, `runtime/engine.py: Late`, `stage=2`", 0),
+    ("`ds:engine.step`, which is ds:zero3.step.", 0),
+    ("`ds:engine.stop`", 1),
     ("`runtime/engine.py: DeepSpeedEngine.stop`", 1),
     ("`runtime/engines.py: DeepSpeedEngine.step` and `deepspeed.initialise`", 2),
     ("`deepspeed.runtime.engine.step`", 1),
