@@ -167,7 +167,7 @@ def train(plan, after_backward=None, finish=True):
                 engine.step()                  # updates after the last micro-batch only; clips, steps the schedule
         control.after_update(step)
         log.step(step, history[-1], rate)
-        if control.stop or checkpoints.due(step) and not control.skipped_in_a_row:      # not of a run that only skips
+        if checkpoints.due(step, skipped=control.bad) or control.stop:
             probe.end_step()
             with meter.paused():
                 folder = checkpoints.save(step, history)

@@ -6,6 +6,7 @@
         nvme/                in place of that for strategy=infinity: see nvme_state.py
         random/              each rank's random state
     <run folder>/checkpoints/latest              the name of the newest one, for people and other tools
+    <run folder>/checkpoints/lock                held by the run that writes here
 
 The seal is an HMAC of the manifest with a key that lies in this checkout (runs/cache/): pickles run code, so what
 another program wrote is not loaded unless the user names it (trust=). Which checkpoint a run continues from, and whether it
@@ -34,6 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TAG = "deepspeed"
 PATHS = ("model", "data", "config", "tokenizer")         # settings that may be paths
 KEY = ROOT / "runs" / "cache" / "checkpoint_key"
+
+
 def seal(manifest):
     """HMAC-SHA-256 of a manifest without its seal, hexadecimal, by the key of this checkout (made at first use)."""
     if not KEY.exists():
@@ -111,7 +114,7 @@ class Checkpoints:
         self.plan, self.engine, self.rank, self.watchdog = plan, engine, rank, watchdog
         self.folder = self._agreed(plan.folder) / "checkpoints"
         self.nvme = plan.settings["strategy"] == "infinity"
-        self.lock = None
+        self.lock, self.owed = None, False
         self.nbytes = deepspeed_memory.checkpoint_bytes(plan.tensors, plan.config)
 
     def _agreed(self, folder):
@@ -121,10 +124,15 @@ class Checkpoints:
         torch.distributed.broadcast_object_list(shared, 0)
         return Path(shared[0])
 
-    def due(self, step):
-        """True where the settings want a checkpoint after `step` (counted from 0)."""
+    def due(self, step, skipped=False):
+        """True where the settings want a checkpoint after `step` (counted from 0).
+
+        skipped: the update was; the checkpoint then waits for the next that is not, so that a run which only skips does not
+        replace the good ones.
+        """
         every = self.plan.settings["save_every"]
-        return bool(every) and ((step + 1) % every == 0 or step + 1 == self.plan.settings["steps"])
+        self.owed |= bool(every) and ((step + 1) % every == 0 or step + 1 == self.plan.settings["steps"])
+        return self.owed and not skipped
 
     def save(self, step, losses):
         """Write the state after `step` (counted from 0) and return its folder. Ends the run where that fails."""
@@ -153,6 +161,7 @@ class Checkpoints:
                              + (f"{before[-1].name} before it is whole: resume=auto continues from there." if before else
                                 "There is none before it.")) from None
         torch.distributed.barrier()
+        self.owed = False
         self.watchdog.moved(f"the end of step {step + 1}")
         return final
 
@@ -203,9 +212,10 @@ class Checkpoints:
         import deepspeed
         import torch
         plan = self.plan
-        written = sum(size for size, _ in files.values())
+        written = sum(nbytes for nbytes, _ in files.values())
         manifest = {"step": step, "world": plan.world, "run": plan.run, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                    "settings": {key: absolute(value) if key in PATHS else value for key, value in plan.settings.items()}, "data": plan.corpus.sha256, "model": shape_of(plan.model_config),
+                    "settings": {key: absolute(value) if key in PATHS else value for key, value in plan.settings.items()},
+                    "data": plan.corpus.sha256, "model": shape_of(plan.model_config),
                     "resolved": {"model": absolute(plan.settings["model"]), "precision": plan.precision, "seq": plan.seq,
                                  "global_batch": plan.global_batch, "micro_batch": plan.micro_batch,
                                  "strategy": plan.settings["strategy"]},

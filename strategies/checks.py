@@ -62,8 +62,6 @@ def check(settings, given=()):
     except ValueError as error:
         raise SettingsError(str(error)) from None
     resume = resuming.find(settings, given, world, say)
-    if settings["resume"] == "finished":
-        raise SystemExit(0)
     if settings["compile"] and not shutil.which(os.environ.get("CXX") or "c++") and not ranks.gpu_count():
         raise SettingsError("compile=True needs a C++ compiler on a CPU, and none is on PATH. Install one (Debian, Ubuntu: "
                             "apt-get install g++), or leave compile= out.")
@@ -148,6 +146,10 @@ def check_checkpoints(plan):
     checkpoints.seal({})                                     # makes the key, or says why it cannot
     if plan.resume:
         resuming.fit(plan.resume, plan)
+        later = [step for step in checkpoints.steps_in(plan.folder / "checkpoints") if step.name > f"step_{plan.resume.step:08d}"]
+        if later:
+            raise SettingsError(f"{plan.folder} holds {later[-1].name}, later than the {plan.resume.path.name} that this run goes on from. "
+                                "Give another output=, or resume=auto to go on from the newest.")
     elif checkpoints.steps_in(plan.folder / "checkpoints"):
         raise SettingsError(f"{plan.folder} already holds checkpoints of another run. Give resume=auto to go on with that run, another "
                             "output=, or remove its folder checkpoints.")

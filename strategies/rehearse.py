@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from strategies.checkpoints import steps_in
 from strategies.effective import FOLDERS
-from yardstick import results
+from yardstick import ranks, results
 from yardstick.settings import Either, SettingsError, nearest, override, usage
 
 CONFIG = {
@@ -67,8 +67,7 @@ def main():
     predicted = {key: measured.pop(key) for key in [k for k in measured if k.endswith("predicted_bytes")]}
     path = results.write("strategies/rehearsal", settings=settings, measured=measured,
                          predicted={key.replace("_predicted", "_checkpoint"): value for key, value in predicted.items()},
-                         machine={"accelerator": "none" if os.environ.get("DS_ACCELERATOR") == "cpu" else "as found",
-                                  "ranks": settings["ranks"]}, details={"rows": rows}, label=settings["record"], folder=home)
+                         machine={"accelerator": ranks.gpu_name() if ranks.gpu_count() else "none", "ranks": settings["ranks"]}, details={"rows": rows}, label=settings["record"], folder=home)
     print(table(json.loads(Path(path).read_text())))
     print(f"record: {path.relative_to(ROOT)}")
     return 0
@@ -79,7 +78,7 @@ def rehearse(strategy, settings, folder):
     common = [f"strategy={strategy}", *(f"{key}={settings[key]}" for key in ("model", "steps", "save_every", "global_batch", "seq")),
               "keep=99", "eval_batches=0", "sample_tokens=0"]
     start([*common, f"output={folder / 'whole'}"], settings["ranks"])
-    lost, begin = kill([*common, f"output={folder / 'killed'}"], settings, folder / "killed")
+    lost, begin = kill([*common, f"output={folder / 'killed'}"], settings)
     ended = time.monotonic() - begin
     done = steps_in(folder / "killed" / "checkpoints")
     manifest = json.loads((done[-1] / "manifest.json").read_text())
@@ -101,19 +100,19 @@ def tensors(manifest):
     return models.tensors_of(models.configuration({**manifest["settings"]}, gpu=False)[0])
 
 
-def start(words, ranks, wait=True):
-    environment = {**os.environ, "RANKS": str(ranks)}
+def start(words, count, wait=True):
+    """The training program with `count` ranks, as a process; ended well unless wait=False."""
+    environment = {**os.environ, "RANKS": str(count)}
     process = subprocess.Popen([sys.executable, str(ROOT / "real_model_example.py"), *words], env=environment, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    if not wait:
-        return process
-    said, _ = process.communicate(timeout=SECONDS)
-    if process.returncode:
-        raise SystemExit(f"rehearse.py: {' '.join(words)} ended with exit code {process.returncode}:\n{said[-3000:]}")
-    return said
+    if wait:
+        said, _ = process.communicate(timeout=SECONDS)
+        if process.returncode:
+            raise SystemExit(f"rehearse.py: {' '.join(words)} ended with exit code {process.returncode}:\n{said[-3000:]}")
+    return process
 
 
-def kill(words, settings, folder):
+def kill(words, settings):
     """(steps done, when) of a run whose rank 1 was killed after a step; asserts that the run ended because of it."""
     import psutil
     process = start(words, settings["ranks"], wait=False)

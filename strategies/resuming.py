@@ -71,8 +71,7 @@ def find(settings, given, world, say=print):
             if manifest["step"] >= settings["steps"] and not settings["export"]:
                 say(f"resume=auto: nothing is left to do: {shown(path)} is of step {manifest['step']}, and steps={settings['steps']}. "
                     "Give more steps=, or export=FOLDER to write the model.")
-                settings["resume"] = "finished"              # no fault: a job that is started again ends well
-                return None
+                raise SystemExit(0)                          # no fault: a job that is started again ends well
             settings["output"] = str(path.parent.parent)     # the run goes on where it was
             return _of(Resume(path, manifest), world)
         if base:

@@ -179,6 +179,8 @@ def test_a_resumed_run_keeps_what_its_losses_depend_on(saved, tmp_path, monkeypa
     assert "strategy=zero1 was given" in refusal(monkeypatch, **{**run, "strategy": "zero1"}, steps=9)
     assert "zero_optimization.reduce_bucket_size: 50000 there, 7 here" in refusal(monkeypatch, **run, steps=9, reduce_bucket_size=7)
     assert "nothing is left to do" in refusal(monkeypatch, **run) and not (tmp_path / "new").exists()
+    older = {**run, "resume": str(folder / "checkpoints" / "step_00000003"), "output": str(folder)}
+    assert "holds step_00000006, later than the step_00000003" in refusal(monkeypatch, **older, steps=9)
     monkeypatch.setenv("RANKS", "2")
     made = cases.plan(**run, steps=9)
     assert made.resume.step == 6 and (made.seq, made.global_batch, made.settings["learning_rate"]) == (16, 6, 3e-3)

@@ -238,6 +238,13 @@ def diverged(changes):
     return prepared()
 
 
+def test_a_checkpoint_waits_for_an_update(launch, models, tmp_path):
+    """One step is skipped, at which one was due: it is saved after the next, and none is lost."""
+    run = settings("dp", models, tmp_path / "run", save_every=3, steps=5, precision="fp32", micro_batch=3)
+    launch(poisoned, run, "gradient").good()
+    assert [path.name for path in checkpoints.steps_in(tmp_path / "run" / "checkpoints")] == ["step_00000004", "step_00000005"]
+
+
 def test_a_run_that_only_skips_ends(launch, models, tmp_path):
     out = launch(diverged, settings("dp", models, tmp_path / "run", save_every=1))
     assert out.code == 1 and out.log.count("3 updates in a row were skipped, the last at step 3") == 1
