@@ -21,18 +21,15 @@ import os
 import resource
 import secrets
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-from strategies import nvme_state
+from strategies import nvme_state, universal
 from yardstick import deepspeed_memory
 from yardstick.settings import SettingsError
 from yardstick.shapes import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
-TAG = "deepspeed"
 PATHS = ("model", "data", "config", "tokenizer")         # settings that may be paths
 KEY = ROOT / "runs" / "cache" / "checkpoint_key"
 
@@ -185,7 +182,7 @@ class Checkpoints:
         if self.nvme:
             nvme_state.save(self.engine, part / "nvme", self.rank.rank)
         else:
-            self.engine.save_checkpoint(str(part), tag=TAG, save_latest=False)
+            self.engine.save_checkpoint(str(part), tag=universal.TAG, save_latest=False)
         state = {"cpu": torch.get_rng_state()}
         if self.rank.gpu:
             state["cuda"] = torch.cuda.get_rng_state()
@@ -247,9 +244,9 @@ class Checkpoints:
         if self.nvme:
             nvme_state.load(self.engine, resume.path / "nvme", self.rank.rank)
         elif resume.convert:
-            self._load_universal(resume)
+            universal.load(self.engine, resume, self.folder / f".universal_{resume.path.name}", self.rank, self.watchdog)
         else:
-            self.engine.load_checkpoint(str(resume.path), tag=TAG)
+            self.engine.load_checkpoint(str(resume.path), tag=universal.TAG)
         random = resume.path / "random" / f"rank{self.rank.rank:05d}.safetensors"
         if random.exists():                                  # else: there are more ranks than were saved
             state = load_file(random)
@@ -259,38 +256,6 @@ class Checkpoints:
         if self.engine.global_steps != resume.step:
             raise SystemExit(f"{resume.path} is of step {resume.step} and DeepSpeed has loaded step {self.engine.global_steps}.")
         return resume.step, list(resume.manifest["loss"])
-
-    def _load_universal(self, resume):
-        """Rank 0 writes the checkpoint anew without ranks (a file per tensor); all load their shares of that."""
-        import torch
-        folder = self.folder / f".universal_{resume.path.name}"
-        if self.rank.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            self._convert(resume.path / TAG, folder / TAG)
-        torch.distributed.barrier()
-        self.engine.load_checkpoint(str(folder), tag=TAG)
-        torch.distributed.barrier()
-        if self.rank.rank == 0:                              # what a failure leaves goes with the next save
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def _convert(self, source, target):
-        stage = self.plan.config["zero_optimization"]["stage"]
-        words = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(source), "--output_folder",
-                 str(target), "--num_extract_workers", "1", "--num_merge_workers", "1",
-                 *(["--inject_missing_state"] if stage < 3 else [])]
-        of_ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        environment = {key: value for key, value in os.environ.items() if key not in of_ranks}
-        log = target.parent / "log"
-        with open(log, "w") as out:
-            process = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment)
-            while process.poll() is None:
-                self.watchdog.moved("the conversion to a universal checkpoint")
-                time.sleep(0.1)
-        if process.returncode:
-            last = log.read_text(errors="replace").strip().splitlines()[-1:]
-            raise SystemExit(f"{source.parent} could not be converted for {self.plan.world} ranks: {' '.join(last)}. Start with "
-                             f"RANKS={self.plan.resume.manifest['world']}, which needs no conversion.")
 
 
 def _flush(folder):
