@@ -8,7 +8,7 @@ from multiprocessing import forkserver
 import pytest
 
 from tests.strategies import cases
-from yardstick import op_cache
+from yardstick import deepspeed_proof, op_cache
 
 # Imported once, by the server that forks every case: it takes seconds, a fork takes none.
 PRELOAD = ["torch", "deepspeed", "transformers", "transformers.models.gpt2.modeling_gpt2", "torch.distributed.nn",
@@ -100,4 +100,18 @@ def counted(request, counts):
         if strategy == "infinity":
             usual = {"model": "wide"}
         return counts(ranks, dispatch, {"strategy": strategy, **({} if "model" in changes else usual), **changes})
+    return of
+
+
+@pytest.fixture(scope="session")
+def proved():
+    """proved("01") -> ([(citation, "traced", "read" or "")], [record of each proof run]) of that annotated script, run once."""
+    known = {}
+
+    def of(number):
+        if number not in known:
+            script, = deepspeed_proof.FOLDER.glob(f"{number}_*_annotated.py")
+            notes, _, records = deepspeed_proof.prove(script)
+            known[number] = notes, records
+        return known[number]
     return of
