@@ -109,7 +109,7 @@ def table(name, label="cpu2"):
     if name == "drift":
         return drift_table(label)
     if name == "read":
-        return read_table()
+        return read_table(label)
     if name not in FOLDERS:
         raise SettingsError(f"table={name} is none of {', '.join([*FOLDERS, 'read', 'drift'])}.")
     found = results.read(f"deepspeed_map/calls_{name}", label)
@@ -135,12 +135,16 @@ def table(name, label="cpu2"):
     return "\n".join(lines)
 
 
-def read_table():
-    """The anchors that were read in the source and not traced, by reason."""
-    lines = ["| anchor | symbol | why no run above enters it |", "|---|---|---|"]
+def read_table(label):
+    """The anchors that no strategy enters, why, and which annotated script enters them, by the records of their proofs."""
+    proofs = {Path(one["run"]).name.removeprefix("proof_")[:2]: set(one["details"]["entered"])
+              for one in results.read_all(label, "annotated_scripts") if "/proof_" in one["run"]}
+    lines = ["| anchor | symbol | why no run above enters it | script that does |", "|---|---|---|---|"]
     for name, anchor in deepspeed_map.ANCHORS.items():
         if "read" in anchor:
-            lines.append(f"| `ds:{name}` | `{anchor['file']}: {anchor['symbol']}` | {deepspeed_map.REASONS[anchor['read']]} |")
+            place = f"{anchor['file']}:{anchor['symbol']}"
+            entering = [number for number, entered in proofs.items() if place in entered]
+            lines.append(f"| `ds:{name}` | `{place.replace(':', ': ')}` | {deepspeed_map.REASONS[anchor['read']]} | {', '.join(entering)} |")
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from yardstick import documents, results
 
 CITATION = re.compile(r"(?<!\w)ds:([a-z][\w.]*\w)")
 READER = re.compile(r'"read": "([\w/]+\.py):([\w.]+)"')             # deepspeed_config.json: who reads a key
-NOT_SCANNED = re.compile(r"(tests|results|runs)/|yardstick/deepspeed_(map|source|citations)\b|.*\.(png|svg)$")
+NOT_SCANNED = re.compile(r"(tests|results|runs)/|yardstick/deepspeed_(map|source|citations|proof)\b|.*\.(png|svg)$")
 
 
 def cited_names(text):

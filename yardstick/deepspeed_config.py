@@ -1,15 +1,17 @@
 """Every key of a DeepSpeed config: finds what is wrong with any user's file, and explains it key by key.
 
     python -m yardstick.deepspeed_config lint FILE [--ranks N] [--transformers] [--accelerator cpu]
-    python -m yardstick.deepspeed_config explain FILE        # value, default, what it does, who reads it
+    python -m yardstick.deepspeed_config explain FILE [--parameters 7e9 --ranks 8]    # and its findings beside the keys
+    python -m yardstick.deepspeed_config annotate FILE [--write]      # the file with notes beside its keys; --write: in place
 
 lint ends with exit status 1 where the file holds an error, and with 0 otherwise. An error is a key that DeepSpeed does
 not know, a value that it cannot use, and whatever it refuses on reading the file, or ignores because of the stage;
 what it takes and then fails on, or gets wrong, is a warning. DeepSpeed ignores an unknown top-level key without a word.
 
 The keys are data (deepspeed_config.json, which a test compares with the installed DeepSpeed); what concerns several
-of them is in deepspeed_rules.py. Symbols such as runtime/config.py:DeepSpeedConfig lie in the package deepspeed.
-More than 300 lines, because reading a file, judging its keys and explaining them share one look at the map.
+of them is in deepspeed_rules.py, how they are explained in deepspeed_explain.py and deepspeed_annotate.py. Symbols such as
+runtime/config.py:DeepSpeedConfig lie in the package deepspeed.
+More than 300 lines, because reading a file and judging its keys share one look at the map.
 --transformers: transformers.Trainer fills in some values that say "auto". --accelerator cpu: there will be no GPU.
 """
 
@@ -19,7 +21,6 @@ import math
 import re
 import signal
 import sys
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,9 @@ MAP = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8")
 KEYS = MAP["keys"]
 FIELDS = {".".join([*key.split(".")[:-1], spec["field"]]): key for key, spec in KEYS.items() if "field" in spec}
 PARTS = {"optimizer.params": "optimizer", "scheduler.params": "scheduler"}       # whose keys depend on a type
-ADAM = {"torch_adam": False, "adam_w_mode": True, "fp32_optimizer_states": True}  # read by the engine itself
+ADAM = {"torch_adam": False, "adam_w_mode": True, "fp32_optimizer_states": True}  # read by the engine itself, here:
+READS_ADAM = {"torch_adam": "get_optimizer_configuration", "adam_w_mode": "_configure_basic_optimizer",
+              "fp32_optimizer_states": "get_optimizer_configuration"}
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,10 @@ def read(path):
 
     Raises ValueError, in one line, for a file that is missing or unreadable, is no JSON object, or repeats a key.
     """
-    return _read(path)[0]
+    return parse(path)[0]
 
 
-def _read(path):
+def parse(path):
     """(config, text of the file)."""
     try:
         import hjson
@@ -95,17 +98,21 @@ def _read(path):
     return config, text
 
 
-def _lines(text, config):
-    """{dotted key: line of the file}, found by walking through the file in the order of the keys."""
+def lines_of(text, config):
+    """{dotted key: line of the file}."""
+    return {key: text.count("\n", 0, place) + 1 for key, place in places_of(text, config).items()}
+
+
+def places_of(text, config):
+    """{dotted key: where in the text its value begins}, found by walking through the file in the order of the keys."""
     blank = re.compile(r'("(?:[^"\\\n]|\\.)*")|//[^\n]*|#[^\n]*|/\*.*?\*/', re.DOTALL)
     text = blank.sub(lambda m: m[1] or re.sub(r"[^\n]", " ", m[0]), text)       # comments may name keys too
-    lines, place = {}, 0
+    places, place = {}, 0
     for key in _walk(config):
         name = re.escape(key.rpartition(".")[2])
         if found := re.compile(rf'(?<![\w"])("{name}"|{name})\s*:').search(text, place):
-            place = found.end()
-            lines[key] = text.count("\n", 0, found.start()) + 1
-    return lines
+            places[key] = place = found.end()
+    return places
 
 
 def _walk(config, prefix=""):
@@ -122,17 +129,19 @@ def entry(key, config=None):
 
     Parameters of optimizers and schedulers are looked up by the type that `config` names.
     """
-    key = _first_name(key)
+    key = first_name(key)
     section, _, name = key.rpartition(".")
     if section in PARTS:
         found = implementation(PARTS[section], config or {})
         known = dict(MAP[f"{PARTS[section]}s"][found]["parameters"]) if found else {}
+        read = MAP[f"{PARTS[section]}s"][found]["read"] if found else ""
         if found and section == "optimizer.params" and _kind(config) in ("adam", "adamw", "muon"):
             known = {**ADAM, **known}
+            read = f"runtime/engine.py:DeepSpeedEngine.{READS_ADAM[name]}" if name in ADAM else read
         if name not in known:
             return None
         spec = MAP[f"{PARTS[section]}_parameters"][name]
-        return {"null": known[name] is None, **spec, "default": known[name], "read": MAP[f"{PARTS[section]}s"][found]["read"]}
+        return {"null": known[name] is None, **spec, "default": known[name], "read": read}
     if key not in KEYS:
         key = next((known for known in KEYS if "*" in known
                     and re.fullmatch(re.escape(known).replace(r"\*", "[^.]+"), key)), None)
@@ -144,7 +153,7 @@ def entry(key, config=None):
     return {**spec, "read": f"{KEYS[key.rpartition('.')[0]]['read']}.{spec.get('field', key.rpartition('.')[2])}"}
 
 
-def _first_name(key):
+def first_name(key):
     """A dotted key with every part under the name that the map uses."""
     known = ""
     for name in key.split("."):
@@ -194,7 +203,7 @@ def _is(value, kind, spec):
     return isinstance(value, {"bool": bool, "text": str, "list": list, "section": dict, "any": object}[kind])
 
 
-def _fits(value, spec):
+def fits(value, spec):
     """Whether a value has a type, and lies in the range, that the map gives."""
     kinds = spec["type"] if isinstance(spec["type"], list) else [spec["type"]]
     if value is None:
@@ -304,7 +313,7 @@ def _check_keys(config, transformers=False):
                 elif not spec.get("transformers"):
                     warn(raw, f"transformers does not fill this one in; the default, {default}, may count. Write a value.")
                 continue
-            if not _fits(value, spec):
+            if not fits(value, spec):
                 error(raw, f"{json.dumps(value)} must be {_wanted(spec, value)}.")
                 continue
             part = key.removesuffix(".type")
@@ -348,53 +357,46 @@ def lint(config, *, ranks=None, transformers=False, accelerator=None):
     return sorted(findings, key=lambda f: order.get(f.key, len(order)))
 
 
-def explain(config, **options):
-    """A text of lines up to 120 columns: each key in its order with value, default, what it does and who reads it."""
-    out = []
-    for key in _walk(config):
-        spec, depth = entry(key, config), "  " * key.count(".")
-        value, name = _value(config, key), key.rpartition(".")[2]
-        shown = name if isinstance(value, dict) else f"{name} = {json.dumps(value)}"
-        if spec is None:
-            out.append(f"{depth}{shown}   (unknown)")
-            continue
-        if not isinstance(value, dict):
-            shown = f"{shown:<{58 - len(depth)}} default {'none' if spec['default'] is None else json.dumps(spec['default'])}"
-        out.append((depth + shown)[:120])
-        out += textwrap.wrap(f"{spec['says']} [{spec['read']}]", 118, initial_indent=depth + "    ",
-                             subsequent_indent=depth + "    ", break_on_hyphens=False)
-    found = lint(config, **options)
-    out += ["", f"{len(found)} finding{'s' * (len(found) != 1)}" + (":" if found else "")]
-    for finding in found:
-        out += textwrap.wrap(str(finding), 118, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
-    return "\n".join(out)
-
-
-def _value(config, key):
-    for name in key.split("."):
-        if name not in config:
-            return None                                      # a key with a dot in its name is no path
-        config = config[name]
-    return config
-
-
 def main(arguments):
+    from yardstick import deepspeed_annotate, deepspeed_explain, results      # they read this module
+    from yardstick.deepspeed_source import Package
     parser = argparse.ArgumentParser(prog="python -m yardstick.deepspeed_config", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["lint", "explain"])
+    parser.add_argument("command", choices=["lint", "explain", "annotate"])
     parser.add_argument("file")
     parser.add_argument("--ranks", type=int, help="data-parallel ranks, to check the product of the batch sizes")
     parser.add_argument("--transformers", action="store_true", help="transformers.Trainer fills in \"auto\"")
     parser.add_argument("--accelerator", choices=["cpu", "cuda"], help="what the config will run on")
+    parser.add_argument("--parameters", type=float, help="explain: parameters of the model, to compute what keys cost")
+    parser.add_argument("--write", action="store_true", help="annotate: write the file itself, in place of printing it")
     given = vars(parser.parse_args(arguments))
-    command, path = given.pop("command"), given.pop("file")
-    if given["ranks"] is not None and given["ranks"] < 1:
-        raise ValueError(f"--ranks {given['ranks']} is no number of ranks. Give 1 or more.")
-    config, text = _read(path)
+    command, path, parameters, write = (given.pop(name) for name in ("command", "file", "parameters", "write"))
+    for name, value in (("ranks", given["ranks"]), ("parameters", parameters)):
+        if value is not None and not 1 <= value < math.inf:
+            raise ValueError(f"--{name} {value} is no number of {name}. Give 1 or more.")
+    if parameters and command != "explain" or write and command != "annotate":
+        raise ValueError(f"{'--write belongs to annotate' if write else '--parameters belongs to explain'}. Leave it out of {command}.")
+    config, text = parse(path)
     if command == "explain":
-        print(explain(config, **given))
+        sizes = {name: value for name, value in (("P", parameters), ("N", given["ranks"])) if value}
+        try:
+            package, lines = Package.at(), None
+        except ValueError as error:
+            package, lines = None, f"no lines are named: {error}"
+        print(deepspeed_explain.explain(config, sizes, package, **given))
+        print("P parameters of the model, N ranks, value the key's own: --parameters 7e9 --ranks 8 puts numbers in")
+        print(lines or f"lines are of DeepSpeed {package.version}: {package.folder}")
         return 0
-    lines, found = _lines(text, config), lint(config, **given)
+    if command == "annotate":
+        annotated = deepspeed_annotate.annotate(path)
+        if write:
+            try:
+                results.replace_file(Path(path), annotated)
+            except OSError as error:
+                raise ValueError(f"{path} cannot be written ({error.strerror}). Leave --write out, or give a copy.") from None
+        print(f"{path}: written" if write else annotated, end="\n" if write else "")
+        return 0
+    lines, found = lines_of(text, config), lint(config, **given)
     for finding in found:
         print(f"{path}{f':{lines[finding.key]}' if finding.key in lines else ''}: {finding}")
     if not found:

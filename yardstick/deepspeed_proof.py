@@ -2,6 +2,7 @@
 
     python -m yardstick.deepspeed_proof annotated_scripts/01_hello_deepspeed_annotated.py      # exit status 1 where one is not
     python -m yardstick.deepspeed_proof record=cpu2                                            # all of them, kept in results/
+    python -m yardstick.deepspeed_proof table=cpu2                                             # the kept results, as a table
 
 A script says in its docstring with which settings it is run, one run on a line:
 
@@ -28,10 +29,14 @@ from yardstick import results
 from yardstick.deepspeed_citations import CITATION
 from yardstick.deepspeed_map import ANCHORS
 from yardstick.deepspeed_source import Package
-from yardstick.settings import SettingsError, nearest, override
+from yardstick.settings import Either, SettingsError, nearest, override, usage
 
 FOLDER = results.ROOT / "annotated_scripts"
-CONFIG = {"record": ""}            # LABEL: keep the result of every script under results/LABEL/annotated_scripts
+CONFIG = {
+    "record": Either(str),           # LABEL: keep the result of every script under results/LABEL/annotated_scripts
+    "table": Either(str),            # LABEL: print the kept results as a table, and run nothing
+}
+UPSTREAM = re.compile(r"(https://github\.com/deepspeedai/DeepSpeedExamples/(?:blob|tree)/([0-9a-f]{7,40})/(\S+))")
 READ = re.compile(r" \(read: ([^)]+)\)")
 SECONDS = 900                      # of one run
 
@@ -153,20 +158,40 @@ def report(script, label=None):
     return count[""]
 
 
+def table(label):
+    """Markdown: of each script its subject, its upstream, and its citations by the records of results/LABEL."""
+    lines = ["| script | upstream, at commit | lines | citations | traced | read |", "|---|---|---|---|---|---|"]
+    for script in sorted(FOLDER.glob("0*_annotated.py")):
+        text = script.read_text(encoding="utf-8")
+        docstring = ast.get_docstring(ast.parse(text))
+        link, commit, path = UPSTREAM.search(docstring).groups()
+        measured = results.read(f"annotated_scripts/proof_{script.stem}", label)["measured"]
+        lines.append(f"| [{script.stem.removesuffix('_annotated')}]({script.name}): {docstring.splitlines()[0]} | [{path}]({link}), {commit[:7]} | "
+                     f"{len(text.splitlines())} | " + " | ".join(str(measured[f"{key}_count"]) for key in ("citations", "traced", "read")) + " |")
+    return "\n".join(lines)
+
+
 def main(arguments):
+    if text := usage(arguments, __file__):
+        print(text)
+        return 0
     files = [argument for argument in arguments if argument.endswith(".py")]
     settings = override(CONFIG, [argument for argument in arguments if argument not in files], "yardstick.deepspeed_proof")
-    results.check_label(settings["record"] or None)
+    results.check_label(settings["record"])
+    results.check_label(settings["table"])
+    if settings["table"]:
+        print(table(settings["table"]))
+        return 0
     Package.at()
     files = files or sorted(FOLDER.glob("0*_annotated.py"))
     for file in files:
         if not Path(file).is_file():
             raise ValueError(f"there is no file {file}.")
-    return 1 if sum([report(file, settings["record"] or None) for file in files]) else 0
+    return 1 if sum([report(file, settings["record"]) for file in files]) else 0
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (SettingsError, ValueError, RuntimeError, SyntaxError, subprocess.TimeoutExpired) as error:
+    except (OSError, SettingsError, ValueError, RuntimeError, SyntaxError, subprocess.TimeoutExpired) as error:
         sys.exit(f"yardstick.deepspeed_proof: {error}")

@@ -27,8 +27,8 @@ import textwrap
 
 from yardstick import results
 
-MODULES = ("formulas", "shapes", "deepspeed_memory", "deepspeed_traffic", "deepspeed_map", "step_time", "schedules", "hardware",
-           "plan")
+MODULES = ("formulas", "shapes", "deepspeed_memory", "deepspeed_traffic", "deepspeed_map", "deepspeed_explain",
+           "deepspeed_annotate", "step_time", "schedules", "hardware", "plan")
 UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
 SECONDS = 600                               # a command of a document may take this long
 

@@ -62,9 +62,9 @@ def _owners(engine):
     yield "gradient", True, "fp32 gradient of the master", [m.grad for m in masters if m.grad is not None]
     for name in ("accumulated_grads_in_cpu", "offload_gradient_dict"):
         yield "gradient", True, f"optimizer.{name}", _tensors(get(name))
+    yield "parameter", True, "optimizer.param_groups_fp16_flat_cpu_memory", _tensors(get("param_groups_fp16_flat_cpu_memory"))
     for name in ("bit16_groups_flat", "fp16_groups_flat", "lp_param_buffer", "fp16_partitioned_groups_flat"):
         yield "parameter", False, f"optimizer.{name}", _tensors(get(name))
-    yield "parameter", True, "optimizer.param_groups_fp16_flat_cpu_memory", _tensors(get("param_groups_fp16_flat_cpu_memory"))
     swapper = next((p.nvme_swapper for p in parameters if getattr(p, "nvme_swapper", None) is not None), None)
     if swapper is not None:
         yield "buffer", True, "param.nvme_swapper.buffers", _tensors(swapper.buffers)

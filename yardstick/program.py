@@ -15,9 +15,11 @@ of them. Import it before deepspeed: it chooses DeepSpeed's device and the level
 import json
 import os
 import sys
+import threading
 import time
 import warnings
 from dataclasses import dataclass, field
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 from yardstick import launchers, matmul, op_cache, ranks, results
@@ -25,6 +27,7 @@ from yardstick.settings import SettingsError, override, usage
 
 os.environ.setdefault("DS_LOG_LEVEL", "error")
 warnings.filterwarnings("ignore", category=FutureWarning)          # of libraries to each other; no user can act on them
+warnings.filterwarnings("ignore", message="'pin_memory' argument")  # DeepSpeed's loader asks for it on a CPU too
 if not ranks.gpu_count():
     ranks.use_cpu_accelerator()
 
@@ -43,12 +46,14 @@ class Run:
     gpu: bool
     folder: Path
     ops: list = field(default_factory=list)
+    turn: dict = field(default_factory=dict)       # of the settings, those that this turn of `main` changed
 
     def join(self, seconds=600):
         """Make this process a rank: load the compiled ops, join the process group -> yardstick.ranks.Rank.
 
         seconds: how long a collective waits for the other ranks before it raises.
         """
+        os.environ["RANK_PROCESS"] = str(os.getpid())               # for `worker`
         op_cache.do_without("deepspeed_shm_comm")
         if not self.gpu:
             op_cache.load(self.ops)
@@ -65,22 +70,73 @@ class Run:
                              machine={"accelerator": ranks.gpu_name() if self.gpu else "none", "ranks": self.world})
         print(f"record: {os.path.relpath(path)}", flush=True)
 
+    def beside(self, figures):
+        """Keep the JSON figures of this turn in the run's folder -> {turn: figures}, this turn's and those of the other turns
+        there whose settings were otherwise the same. For rank 0.
+        """
+        else_same = {key: value for key, value in self.settings.items() if key not in (*self.turn, "record", "output")}
+        name = "_".join(str(value) for value in self.turn.values())
+        text = json.dumps({"ranks": self.world, "settings": else_same, "figures": figures}, allow_nan=False)
+        results.replace_file(self.folder / "turns" / f"{name}.json", text)
+        mine, found = json.loads(text), {}
+        for path in sorted(self.folder.glob("turns/*.json"), key=lambda path: path.stat().st_mtime_ns):
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if (kept["ranks"], kept["settings"]) == (mine["ranks"], mine["settings"]):
+                found[path.stem] = kept["figures"]
+        return found
 
-def main(file, config, train, check=None, cpu_ranks=2):
+
+def main(file, config, train, check=None, cpu_ranks=2, turns=None):
     """Run a program from its command line and end the process: exit code 0, or not 0 and a message.
 
-    cpu_ranks: how many processes where there is no GPU and RANKS is not set.
+    cpu_ranks: how many processes where there is no GPU and RANKS is not set. turns: settings -> [{changed settings}], one dict
+    for each time that fresh ranks are started with these changes, in turn and with one folder; None: once, with none.
     """
     short = Path(file).resolve().relative_to(ranks.ROOT).as_posix()
     try:
-        sys.exit(_run(file, short, config, train, check, cpu_ranks))
+        sys.exit(_run(file, short, config, train, check, cpu_ranks, turns))
     except (SettingsError, op_cache.OpError) as error:
         sys.exit(f"{short}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _run(file, short, config, train, check, cpu_ranks):
+def columns(figures):
+    """The text of a table of {title: {name: number}}: a column for each title, a row for each name."""
+    rows = [f"{'':<40}" + "".join(f"{title:>16}" for title in figures)]
+    for name in dict.fromkeys(name for column in figures.values() for name in column):
+        cells = (f"{column[name]:,.6g}" if name in column else "" for column in figures.values())
+        rows.append(f"{name:<40}" + "".join(f"{cell:>16}" for cell in cells))
+    return "\n".join(rows)
+
+
+def worker(ops=()):
+    """For a program whose ranks spawn processes: to be called where it is imported as "__mp_main__", which multiprocessing does
+    in each of them. The process then ends when its rank does, however that happens, and has the compiled ops of `ops`.
+    """
+    ranks.end_with(int(os.environ["RANK_PROCESS"]))
+    if not ranks.gpu_count():
+        op_cache.load(ops)
+
+
+def watch_workers():
+    """From now on end this rank, with exit code 1 and a message, when a process that it spawns dies: DeepSpeed waits for minutes."""
+    start = SpawnProcess.start
+
+    def watched(child):
+        start(child)
+        threading.Thread(target=end_with, args=(child,), daemon=True).start()
+
+    def end_with(child):
+        child.join()
+        if child.exitcode:
+            print(f"[rank {os.environ['RANK']}/{os.environ['WORLD_SIZE']}] its worker process {child.pid} ended with exit code "
+                  f"{child.exitcode}", file=sys.stderr, flush=True)
+            os._exit(1)                                             # the main thread may wait inside C++
+    SpawnProcess.start = watched
+
+
+def _run(file, short, config, train, check, cpu_ranks, turns):
     launchers.adopt()
     arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
     if text := usage(arguments, file):
@@ -88,21 +144,36 @@ def _run(file, short, config, train, check, cpu_ranks):
         return 0
     launchers.check()
     settings = override(config, arguments, where=short)
-    results.check_label(settings.get("record"))
+    try:
+        results.check_label(settings.get("record"))
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
     gpu = ranks.gpu_count() > 0
     if not gpu:
         os.environ.setdefault("RANKS", str(cpu_ranks))
     world = int(os.environ["WORLD_SIZE"]) if ranks.is_rank() else _default_world()
     name = short.removesuffix(".py")
-    run = Run(name, settings, world, gpu, _folder(name, settings))
-    if check:
-        check(run)
-    if not gpu:
-        op_cache.prepare(run.ops, say=lambda text: print(text, file=sys.stderr))
-    if ranks.is_rank():
-        _traced(train, run, file)
-        return 0
-    return ranks.start(lambda: _traced(train, run, file), world, gpu=gpu)
+    changes = turns(settings) if turns else [{}]
+    if ranks.is_rank() and len(changes) > 1:
+        if "TURN" not in os.environ:
+            one = " or ".join(" ".join(f"{key}={value}" for key, value in change.items()) for change in changes)
+            raise SettingsError(f"these settings start ranks {len(changes)} times in turn, which a launcher cannot: give {one}, "
+                                f"or start it by python {short}.")
+        changes = [changes[int(os.environ["TURN"])]]
+    runs = [Run(name, {**settings, **change}, world, gpu, _folder(name, settings), turn=change) for change in changes]
+    for run in runs:
+        if check:
+            check(run)
+    for turn, run in enumerate(runs):
+        if not gpu:
+            op_cache.prepare(run.ops, say=lambda text: print(text, file=sys.stderr))
+        if ranks.is_rank():
+            _traced(train, run, file)
+            return 0
+        os.environ["TURN"] = str(turn)                              # for ranks that are this program started again
+        if code := ranks.start(lambda: _traced(train, run, file), world, gpu=gpu):
+            return code
+    return 0
 
 
 def _default_world():

@@ -170,8 +170,8 @@ def _environment(rank, world, port):
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "STARTED_BY": "yardstick.ranks"}
 
 
-def _die_with_parent(parent):
-    """End this process when the one that started it ends, however that happens (Linux)."""
+def end_with(parent):
+    """End this process when the one that started it, whose id is `parent`, ends, however that happens (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)       # PR_SET_PDEATHSIG
         if os.getppid() != parent:                       # it ended before the call
@@ -187,7 +187,7 @@ def _fork(function, rank, world, port, failures, graceful):
         return pid
     code = 1
     try:
-        _die_with_parent(parent)
+        end_with(parent)
         os.environ.update(_environment(rank, world, port))
         signal.signal(signal.SIGTERM, signal.SIG_DFL)    # not what this process did when it was the parent
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -218,7 +218,7 @@ def _fork(function, rank, world, port, failures, graceful):
 def _spawn(rank, world, port):
     parent = os.getpid()
     return subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, **_environment(rank, world, port)},
-                            preexec_fn=lambda: _die_with_parent(parent)).pid
+                            preexec_fn=lambda: end_with(parent)).pid
 
 
 def start(function, world, gpu=False, say=lambda text: print(text, file=sys.stderr), graceful=False):

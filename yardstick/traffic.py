@@ -21,15 +21,16 @@ _PATCHED = {"all_reduce": ("all_reduce", 0), "all_gather_into_tensor": ("all_gat
 class Meter:
     """Counts what this rank sends while `counting`; `phase` names what the caller is doing.
 
-    rows: {(phase, kind, bytes of the tensor, what): calls}, where `what` is "control" for a call inside `named(...)` and
-    "" else. blocked: {phase: seconds that the host spent in calls and in waiting for them}; on a GPU those only
-    enqueue kernels, so blocked says nothing there.
+    rows: {(phase, kind, bytes of the tensor, what): calls}, where `what` is "control" for a call inside `named(...)`, else the
+    name that axes, {process group: name}, gives the call's group, or "". blocked: {phase: seconds that the host spent in calls
+    and in waiting for them}; on a GPU those only enqueue kernels, so blocked says nothing there.
     """
 
     def __init__(self):
         self.rows = defaultdict(int)
         self.blocked = defaultdict(float)
         self.counting, self.phase, self.what = False, "", ""
+        self.axes = {}
 
     def install(self):
         import torch.distributed as dist
@@ -50,10 +51,11 @@ class Meter:
         def collective(*args, **kwargs):
             if not self.counting:
                 return original(*args, **kwargs)
-            tensor = args[where] if len(args) > where else kwargs.get(
-                {0: "output_tensor" if kind == "all_gather" else "tensor", 1: "input"}[where])
+            names = {"all_gather": "output_tensor", "all_to_all": "output", "reduce_scatter": "input"}
+            tensor = args[where] if len(args) > where else kwargs.get(names.get(kind, "tensor"))
             tensors = tensor if isinstance(tensor, (list, tuple)) else [tensor]
-            self.rows[self.phase, kind, sum(t.numel() * t.element_size() for t in tensors), self.what] += 1
+            what = self.what or self.axes.get(kwargs.get("group"), "")
+            self.rows[self.phase, kind, sum(t.numel() * t.element_size() for t in tensors), what] += 1
             begin = time.perf_counter()
             work = original(*args, **kwargs)
             self.blocked[self.phase] += time.perf_counter() - begin

@@ -16,8 +16,9 @@ import pytest
 
 from strategies import effective
 from tests.yardstick import deepspeed_config_mutants as mutants
-from yardstick import deepspeed_config, deepspeed_rules
+from yardstick import deepspeed_annotate, deepspeed_config, deepspeed_explain, deepspeed_map, deepspeed_rules
 from yardstick.deepspeed_config import KEYS, MAP, lint
+from yardstick.deepspeed_source import Package
 from yardstick.settings import SettingsError
 
 Z = "zero_optimization."
@@ -239,7 +240,7 @@ def test_the_map_is_complete():
     for key, spec in KEYS.items():
         assert {"type", "default", "says"} <= set(spec) and spec["says"].endswith("."), key
         assert deepspeed_config.entry(key)["read"] if not key.startswith(("optimizer.params.", "scheduler.params.")) else True
-        assert deepspeed_config._fits(spec["default"], spec) or spec["default"] in (None, {}) or spec.get("program"), key
+        assert deepspeed_config.fits(spec["default"], spec) or spec["default"] in (None, {}) or spec.get("program"), key
         assert "deprecated" not in spec or all(word in KEYS for word in re.findall(r"[\w.]+_[\w.]+", spec["deprecated"])), key
 
 
@@ -603,16 +604,115 @@ def test_one_line_for_a_missing_file(tmp_path):
     assert done.returncode == 1 and done.stdout == "" and len(done.stderr.splitlines()) == 1 and "none.json" in done.stderr
 
 
-def test_explain():
-    done = command("explain", "strategies/6_zero_infinity/config.json")
+# explain and annotate
+
+def explained(text):
+    """{dotted key: lines below it} of what `explain` prints, by its indentation."""
+    found, path = {}, []
+    for line in text.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        if line and depth <= len(path) and (not found or before == ""):
+            path = [*path[:depth], line.strip().split(" = ")[0]]
+            found[".".join(path)] = []
+        elif line:
+            found[".".join(path)].append(line.strip())
+        before = line
+    return found
+
+
+def test_explain_prints_every_key_with_its_facts_and_its_places_in_this_installation():
+    file = "strategies/6_zero_infinity/config.json"
+    done = command("explain", file, "--parameters", "7e9", "--ranks", 8)
     lines = done.stdout.splitlines()
-    assert done.returncode == 0 and max(map(len, lines)) <= 120 and lines[-1] == "0 findings"
-    keys = [line.split()[0] for line in lines if re.match(r"( *)(\w+) = |\w+$| +\w+$", line) and "[" not in line.split()[0]]
-    config = deepspeed_config.read(mutants.ROOT / "strategies/6_zero_infinity/config.json")
-    assert [key.rpartition(".")[2] for key in deepspeed_config._walk(config)] == [key for key in keys]
-    assert "default 1048576" in done.stdout and "[runtime/zero/config.py:DeepSpeedZeroConfig.stage]" in done.stdout
-    text = deepspeed_config.explain(changed({"zero_optimisation.stage": 2, "bfloat16.enabled": True}))
-    assert "(unknown)" in text and "error: zero_optimisation" in text and "DeepSpeedBF16Config.enabled" in text
+    assert done.returncode == 0 and done.stderr == "" and max(map(len, lines[:-1])) <= 100 and "0 findings" in lines
+    said, config = explained(done.stdout.partition("\n0 findings")[0]), deepspeed_config.read(mutants.ROOT / file)
+    assert list(said) == list(deepspeed_config._walk(config))
+    package = Package.at()
+    for key, texts in said.items():
+        text = " ".join(texts)
+        assert re.search(r"(unit \S.*; )?default \S+.*; range \S", text), key
+        place = re.search(r"read: ([\w/]+\.py):(\d+), ds:([\w.]+)", text)
+        if not place:
+            assert "read: torch.optim.AdamW" in text, key
+            continue
+        anchor = deepspeed_map.ANCHORS[place[3]]
+        first, last = package.lines(place[1], anchor["symbol"])
+        assert anchor["file"] == place[1] and first <= int(place[2]) <= last, key
+        for used, line, name in re.findall(r"used: ([\w/]+\.py):(\d+), ds:([\w.]+)", text):
+            anchor = deepspeed_map.ANCHORS[name]
+            expressions = deepspeed_config.entry(key, config)["used"]
+            assert int(line) in package.landmarks(used, anchor["symbol"], expressions[f"ds:{name}"]), key
+    assert "buffer_count x buffer_size x 2 bytes = 11.0 MB" in " ".join(said[OP + "buffer_size"])
+    assert "2P/N bytes = 1.8 GB" in " ".join(said[OP + "device"])
+    assert "2P/N bytes," in " ".join(explained(command("explain", file).stdout)[OP + "device"])      # without sizes a formula
+
+
+def test_explain_puts_what_the_linter_finds_beside_the_key(tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"train_batch_size": 6, "zero_optimisation": {"stage": 2}, "a.b": 1, "bfloat16": {"enabled": "yes"},
+                                "zero_optimization": {"stage": 2, "stage3_max_live_parameters": 0, "overlap_com": True}}))
+    said = explained(command("explain", file, "--ranks", 4).stdout.partition("not in the file:")[0])
+    for key, words in (("train_batch_size", "6 cannot be divided by 4 ranks"), ("zero_optimisation", 'Did you mean "zero_optimization"?'),
+                       ("a.b", "unknown key"), ("bfloat16", 'Write that name'), ("bfloat16.enabled", '"yes" must be true or false'),
+                       (Z + "stage3_max_live_parameters", "does nothing at stage 2"), (Z + "overlap_com", 'Did you mean "overlap_comm"?')):
+        assert re.search(rf"! (error|warning): .*{re.escape(words)}", " ".join(said[key])), (key, said[key])
+    text = command("explain", file, "--ranks", 4).stdout
+    assert re.search(r"not in the file:\n +! warning: gradient_clipping: not given", text)
+    assert len(re.findall(r"^ *! ", text, re.MULTILINE)) == int(re.search(r"^(\d+) findings", text, re.MULTILINE)[1])
+
+
+def test_explain_without_deepspeed_names_symbols():
+    text = deepspeed_explain.explain(effective.read("zero2"))
+    assert "read: runtime/zero/config.py: DeepSpeedZeroConfig" in text and not re.search(r"\.py:\d", text)
+
+
+def test_whatever_can_be_read_is_explained_and_annotated_and_stays_what_it_is(made, tmp_path):
+    file, tried = tmp_path / "ds.json", 0
+    for mutant in [*made[::5], *(json.dumps(config) for config in mutants.DOCUMENTED.values())]:
+        file.write_text(getattr(mutant, "text", mutant))
+        try:
+            config = deepspeed_config.read(file)
+        except ValueError:
+            continue
+        text = deepspeed_explain.explain(config, {"P": 7e9, "N": 8}, ranks=8)
+        assert max(map(len, text.splitlines())) <= 100
+        assert all(finding.message.split()[0] in text for finding in lint(config, ranks=8))
+        annotated = deepspeed_annotate.annotate(file)
+        file.write_text(annotated)
+        assert deepspeed_config.read(file) == config and deepspeed_annotate.annotate(file) == annotated
+        tried += 1
+    assert tried > 80
+
+
+def test_annotate_keeps_the_authors_notes_and_numbers(tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text('// why\n// more\n{"gradient_clipping": 1.0,  // here: a\n  //   long one\n  // gone\n "train_batch_size": 2,\n'
+                    ' "optimizer": {"type": "AdamW", "params": {"lr": 2e-5}}}  // upstream: "//"; b\n')
+    text = command("annotate", file).stdout
+    assert text.startswith("// why\n// more\n{\n") and '"gradient_clipping": 1.0,' in text and '"lr": 2e-5' in text
+    assert "// here: a long one\n" in text and '// upstream: "//"; b\n' in text and "gone" not in text
+    assert file.read_text() != text
+    assert command("annotate", file, "--write").returncode == 0 and file.read_text() == text
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["explain", "none.json"], "no config file"), (["annotate", "none.json"], "no config file"),
+    (["explain", "strategies/3_zero_stage2/config.json", "--parameters", "0"], "--parameters 0.0 is no number"),
+    (["explain", "strategies/3_zero_stage2/config.json", "--parameters", "inf"], "is no number"),
+    (["lint", "strategies/3_zero_stage2/config.json", "--parameters", "7"], "belongs to explain"),
+    (["explain", "strategies/3_zero_stage2/config.json", "--write"], "belongs to annotate"),
+    (["explain", "strategies/3_zero_stage2/config.json", "--ranks", "0"], "--ranks 0 is no number"),
+])
+def test_bad_arguments_are_one_message(arguments, words):
+    done = command(*arguments)
+    assert done.returncode == 1 and done.stdout == "" and len(done.stderr.splitlines()) == 1 and words in done.stderr
+
+
+def test_every_number_has_a_unit():
+    for part in ("keys", "optimizer_parameters", "scheduler_parameters"):
+        for key, spec in MAP[part].items():
+            kinds = spec["type"] if isinstance(spec["type"], list) else [spec["type"]]
+            assert "unit" in spec or not {"int", "number", "numbers"} & set(kinds) or spec.get("choices"), key
 
 
 def test_a_wrong_key_in_a_users_config_ends_the_run_before_it_starts(tmp_path):
