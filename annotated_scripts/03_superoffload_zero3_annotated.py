@@ -75,7 +75,7 @@ CONFIG = {
     "save": False, "data": "embedded",                               #| a checkpoint at the end; or a text file, folder
     "record": Either(str), "output": Either(str),                    #| label of a kept record; the run's folder
 }
-LOCAL = "llama", "gpt2", "moe"
+LOCAL = "llama", "gpt2", "moe"                                       #| built here; s, below, are the settings
 
 
 def turns(settings):
@@ -116,8 +116,8 @@ def build(s):
         model = AutoModelForCausalLM.from_pretrained(
             s.model, config=config, **options)
     if s.leaf:
-        set_z3_leaf_modules(model, [s.leaf])                         #| ds:zero3.leaf: all in one gather. Were experts
-                                                                     #| modules, ranks would wait where others skip one
+        set_z3_leaf_modules(model, [s.leaf])                         #| ds:zero3.leaf: the block in one gather; experts
+                                                                     #| that are modules would stall where ranks differ
     if s.checkpointing == "deepspeed":
         deepspeed.checkpointing.configure(                           #| ds:observe.checkpointing_options, left to the
             None, partition_activations=False,                       #| caller by the engine. Each of these two
@@ -137,7 +137,7 @@ def deepspeed_config(s, gpu):
         "train_micro_batch_size_per_gpu": s.micro_batch,
         "gradient_accumulation_steps": s.accumulation,
         "gradient_clipping": s.gradient_clipping,                    #| left out it is 1.0, not 0
-        "bf16": {"enabled": s.precision == "bf16"},                  #| fp16's scale would still be in an early tile
+        "bf16": {"enabled": s.precision == "bf16"},                  #| no fp16: its scale would still be in early tiles
         "scheduler": {"type": "WarmupLR", "params": {
             "warmup_min_lr": s.learning_rate / s.warmup_steps,
             "warmup_max_lr": s.learning_rate,
@@ -360,7 +360,7 @@ def train(run):
             [row.tolist() for row in rows]))
     losses, seconds, waits, counts = fit(
         engine, iter(RepeatingLoader(loader)), s, rank)              #| ds:init.workers
-    sizes = [p.ds_numel for p in model.parameters()]                 #| p.numel() is 0: a rank holds p.ds_tensor
+    sizes = [p.ds_numel for p in model.parameters()]                 #| p.numel() is 0 where p is cut
     measured |= {**counts, "model_parameters": sum(sizes),
                  "tiles_count": len(engine.optimizer.fp16_groups)}
     if s.save and not broken(s, engine.skipped_steps):
@@ -370,7 +370,7 @@ def train(run):
         measured["saved_optimizer_bytes"] = file.stat().st_size      #| run that resumes begins without them
     if early:
         engine.optimizer.superoffload_cpu_optimizer.close()          #| ds:superoffload.close: nobody else ends it.
-        del engine.optimizer.superoffload_cpu_optimizer              #| Four semaphores of its queues
+        del engine.optimizer.superoffload_cpu_optimizer              #| With it go the semaphores of its queues
     if rank.rank == 0:
         report(run, rank, measured, losses, seconds, waits, shape)
 
@@ -380,8 +380,8 @@ def report(run, rank, measured, losses, seconds, waits, shape):
     """Print and record this mode, beside the other if it ran."""
     s = SimpleNamespace(**run.settings)
     timed = slice(s.untimed_steps, None)                             #| untimed: buffers are made, the order of modules
-    if seconds[timed]:                                               #| is recorded; from the second forward on
-        middle = median(seconds[timed])                              #| stage 3 prefetches
+    if seconds[timed]:                                               #| is recorded; stage 3 prefetches from the second
+        middle = median(seconds[timed])                              #| forward on
         batch = s.micro_batch * s.accumulation * rank.world
         measured |= {
             "step_seconds_median": middle,

@@ -97,10 +97,9 @@ def check(run):
     refuse(dims.get(s["weight"]) != 2 or max(dims.values()) > 2,
            f"weight={s['weight']} is no matrix, or the model has",
            "convolutions. Its weights:", ", ".join(dims))
-    need, have = (epoch * s["micro_batch"] * s["seq"] * run.world,
-                  len(run.corpus.train))
-    refuse(need > have, f"epoch={epoch} takes {need} tokens, but",
-           f"the data has {have}. Lower epoch.")
+    need = epoch * s["micro_batch"] * s["seq"] * run.world
+    refuse(need > len(run.corpus.train), f"epoch={epoch} takes",
+           f"{need} tokens, of {len(run.corpus.train)}. Lower it.")
 
 
 # == 2. What is trained, on what? (upstream 20-56) ===========================================================
@@ -153,7 +152,7 @@ def build(run, rank, kind):
     model = llama(s, run.corpus.vocab, trained=True)
     before = [one.detach().clone() for one in model.parameters()]
     tokens = run.corpus.train[:size * s["micro_batch"] * s["seq"]]
-    rows_ST = tokens.astype(np.int64).reshape(-1, s["seq"])          #| S, so that the loader's length is the epoch
+    rows_ST = tokens.astype(np.int64).reshape(-1, s["seq"])          #| S = epoch B N: the loader's length is the epoch
     engine, optimizer, loader, _ = deepspeed.initialize(             #| ds:init.initialize; accumulation becomes U:
         model=model,                                                 #| ds:zenflow.configure. In sequence or overlapped:
         model_parameters=model.parameters(),                         #| ds:zenflow.create. Adam of all, on the host:
@@ -331,11 +330,12 @@ def look(row, weight, was, grad_RC):
         right = len(set(columns) & set(best.tolist()))               #| largest, and not all of these are of them
         energy_C = grad_RC.square().sum(0) / grad_RC.square().sum()
         row["share"].append(energy_C[chosen_C].sum().item())
-        first |= {"largest_fraction": right / len(columns),
-                  "chosen_gradient_fraction": row["share"][0]}
-        row["facts"]["chosen_gradient_fraction_mean"] = float(
-            np.mean(row["share"]))
-    row["facts"].update({**first, **row["facts"]})
+        first |= {"largest_chosen_fraction": right / len(columns),
+                  "chosen_share_fraction_first": row["share"][0]}
+    facts = row["facts"]
+    facts |= {**first, **facts}                                      #| what is of the first round stays
+    if row["share"]:
+        facts["chosen_share_fraction_mean"] = np.mean(row["share"])
     moved_C = (weight != was).any(0)
     row["moved"].append((bool(moved_C[chosen_C].any()),
                          bool(moved_C[~chosen_C].any())))

@@ -9,9 +9,10 @@ rank then holds, sends and must read, and how whole weights come out again.
     python annotated_scripts/07_tensor_parallel_annotated.py model=Qwen/Qwen2.5-1.5B dtype=bf16 one_process=False
 
 No GPU is needed: it starts four CPU ranks, two by two; with GPUs, two or more, the same program runs on them. It
-prints losses, and how far those of one process on the whole model and batch are; bytes beside their formulas; the loss
-of the saved weights in a plain model; and what comes of two common mistakes. More than 300 lines, because the loop that
-upstream leaves to a Trainer, and the one process that ours is compared with, are written out.
+prints losses, and how far those of one process on whole batches are, bytes beside their formulas, the loss of the saved
+weights in a plain model, and what two common mistakes do. More than 300 lines, because the loop that upstream leaves to
+a Trainer, and the one process, are written out. In the notes R ranks share a layer and N ranks share a batch; there are
+B sequences, T tokens, D hidden values, V words, P parameters.
 
 Upstream: 275 lines,
 https://github.com/deepspeedai/DeepSpeedExamples/blob/45b4b7156c87/training/tensor_parallel/hf_integration/train.py
@@ -45,12 +46,13 @@ from deepspeed.module_inject import layers
 from deepspeed.utils import groups
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, DistributedSampler
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM)
 
 
 # == 1. What can be set, and what is refused? (upstream 45-62) ===============================================
 CONFIG = {
-    "tensor": 2,                                                     #| R ranks share a layer, N = ranks / R a batch
+    "tensor": 2,                                                     #| R; the other axis follows, N = ranks / R
     "stage": "1",                                                    #| of ZeRO, 0 to 3; of several each in turn
     "steps": 24,                                                     #| the last one's traffic is counted
     "micro_batch": 4,                                                #| B: sequences a forward, the same on R ranks
@@ -169,12 +171,9 @@ def endless(examples, size, N, n, seed, pad, device):
 def build(s, coder, seed):
     """The whole model, in fp32, on the host."""
     torch.manual_seed(seed)                                          #| one seed on all ranks: R of them cut one model
-    if s["model"]:
-        model = AutoModelForCausalLM.from_pretrained(
-            s["model"], dtype=torch.float32)
-    else:
-        model = AutoModelForCausalLM.from_config(
-            transformers.LlamaConfig(**LLAMA))
+    model = AutoModelForCausalLM.from_pretrained(
+        s["model"], dtype=torch.float32) if s["model"] else \
+        LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
     model.resize_token_embeddings(                                   #| before initialize: later the head is a part
         max(len(coder), model.config.vocab_size),
         pad_to_multiple_of=s["tensor"],                              #| upstream's V + 1 is cut unevenly, and padded
@@ -194,7 +193,7 @@ def deepspeed_config(s, stage):
             "vocab_parallel_lm_head": False},                        #| True: no rank sees all V logits; None: so where
         "zero_optimization": {                                       #| head and embedding are one
             "stage": stage, "reduce_bucket_size": 5_000_000,         #| elements of gradient, sent to N ranks at once
-            "stage3_param_persistence_threshold": 1000,              #| norms stay whole
+            "stage3_param_persistence_threshold": 1000,              #| elements; smaller parts are not cut once more
             "stage3_gather_16bit_weights_on_model_save": True},      #| upstream's name lacks stage3_: both are read
         "optimizer": {"type": "AdamW", "params": {
             "lr": s["learning_rate"], "betas": [0.9, 0.95],

@@ -191,7 +191,6 @@ def quiet_libraries():
     import warnings
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
     import deepspeed
     import transformers
     deepspeed.utils.logger.setLevel(logging.ERROR)

@@ -25,7 +25,6 @@ from pathlib import Path
 from yardstick import launchers, matmul, op_cache, ranks, results
 from yardstick.settings import SettingsError, override, usage
 
-os.environ.setdefault("DS_LOG_LEVEL", "error")
 warnings.filterwarnings("ignore", category=FutureWarning)          # of libraries to each other; no user can act on them
 warnings.filterwarnings("ignore", message="'pin_memory' argument")  # DeepSpeed's loader asks for it on a CPU too
 if not ranks.gpu_count():
@@ -55,6 +54,7 @@ class Run:
         """
         os.environ["RANK_PROCESS"] = str(os.getpid())               # for `worker`
         op_cache.do_without("deepspeed_shm_comm")
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)      # a config's log_level changes it
         if not self.gpu:
             op_cache.load(self.ops)
         rank = ranks.join(self.gpu, seconds)
@@ -102,7 +102,11 @@ def main(file, config, train, check=None, cpu_ranks=2, turns=None):
 
 
 def columns(figures):
-    """The text of a table of {title: {name: number}}: a column for each title, a row for each name."""
+    """The text of a table of {title: {name: number}}: a column for each title, a row for each name.
+
+    >>> columns({"a": {"x": 1}, "b": {"y": 2.5}}).split()
+    ['a', 'b', 'x', '1', 'y', '2.5']
+    """
     rows = [f"{'':<40}" + "".join(f"{title:>16}" for title in figures)]
     for name in dict.fromkeys(name for column in figures.values() for name in column):
         cells = (f"{column[name]:,.6g}" if name in column else "" for column in figures.values())

@@ -1,7 +1,6 @@
 """The call-order tables are those of a real run: one strategy is traced again, and what the records say is in the order it must be."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -20,8 +19,7 @@ def entered(strategy):
 
 
 def test_a_run_traced_now_enters_what_the_record_says():
-    done = subprocess.run([sys.executable, "strategies/call_order.py", "strategy=dp"], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "DS_LOG_LEVEL": "error"})
+    done = subprocess.run([sys.executable, "strategies/call_order.py", "strategy=dp"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     path = ROOT / done.stdout.splitlines()[-1].rpartition("; ")[2]
     now = json.loads(path.read_text())
