@@ -13,6 +13,7 @@ of them. Import it before deepspeed: it chooses DeepSpeed's device and the level
 """
 
 import json
+import logging
 import os
 import sys
 import threading
