@@ -4,14 +4,13 @@ import os
 import resource
 import shutil
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from strategies import checkpoints, commands, effective, models, resuming
 from yardstick import deepspeed_config, deepspeed_memory, launchers, op_cache, ranks, results
-from yardstick.settings import SettingsError
+from yardstick.settings import SettingsError, check_writable
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -212,20 +211,6 @@ def stamp():
     pid = os.getppid() if ranks.is_rank() else os.getpid()
     started = time.strftime("%Y%m%d-%H%M%S", time.localtime(psutil.Process(pid).create_time()))
     return os.environ.setdefault("RUN_STAMP", f"{started}-{pid}")
-
-
-def check_writable(folder, key):
-    """`folder`, after checking that it is one or can be made, and be written."""
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    why = "no folder" if not there.is_dir() else "read-only here" if not os.access(there, os.W_OK) else ""
-    if not why:
-        try:
-            tempfile.TemporaryFile(dir=there).close()        # root may write everywhere, says os.access
-        except OSError as error:
-            why = f"not writable ({error.strerror})"
-    if why:
-        raise SettingsError(f"{folder} cannot be written: {there} is {why}. Give another folder as {key}.")
-    return folder
 
 
 def check_record(settings):

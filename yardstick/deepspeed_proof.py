@@ -96,13 +96,16 @@ def entered(script, settings):
 
     Raises RuntimeError where it fails.
     """
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANKS", "RUN_STAMP", "TURN")}
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([sys.executable, str(script), *settings, f"output={folder}/run"], capture_output=True, text=True,
-                              timeout=SECONDS, env={**os.environ, "CALL_TRACE": folder})
+                              timeout=SECONDS, env={**environment, "CALL_TRACE": folder, "DS_ACCELERATOR": "cpu"})
         if done.returncode:
             raise RuntimeError(f"{script} {' '.join(settings)} ended with exit code {done.returncode}:\n{done.stdout[-2000:]}"
                                f"{done.stderr[-4000:]}")
         found = {}
+        if not list(Path(folder).glob("*.json")):
+            raise RuntimeError(f"{script} left no trace: only programs that end in yardstick.program.main can be proved.")
         for path in Path(folder).glob("*.json"):
             for symbol, lines in json.loads(path.read_text()).items():
                 found.setdefault(symbol, set()).update(lines)
@@ -143,14 +146,14 @@ def prove(script):
 
 def report(script, label=None):
     """Prove one script, print its citations, keep the record where a label is given -> how many are neither traced nor read."""
-    notes, seen, _ = prove(script)
+    notes, seen, records = prove(script)
     for one, state in notes:
         print(f"{Path(script).name}:{one.line:<4} {state or 'NOT ENTERED':<12} ds:{one.name}" + (f"  ({one.read})" if one.read else ""))
     count = {state: sum(each == state for _, each in notes) for state in ("traced", "read", "")}
     print(f"{Path(script).name}: {count['traced']} traced, {count['read']} read, {count['']} not entered")
     if label:
         known = {f"{anchor['file']}:{anchor['symbol']}" for anchor in ANCHORS.values()}
-        results.write(f"annotated_scripts/proof_{Path(script).stem}", label=label, machine={"accelerator": "none", "ranks": 2},
+        results.write(f"annotated_scripts/proof_{Path(script).stem}", label=label, machine={"accelerator": "none", "ranks": records[0]["machine"]["ranks"] if records[0] else 1},
                       command=f"python -m yardstick.deepspeed_proof record={label}", predicted={},
                       settings={"runs": [" ".join(run) for run in runs(Path(script).read_text())]},
                       measured={"citations_count": len(notes), "traced_count": count["traced"], "read_count": count["read"]},

@@ -9,12 +9,13 @@
         program.main(__file__, CONFIG, train, check)
 
 Started by python it starts its ranks itself, on every GPU or as CPU processes; started by torchrun, deepspeed or srun it is one
-of them. Import it before deepspeed: it chooses DeepSpeed's device and the level of its log.
+of them. Import it before deepspeed: it chooses DeepSpeed's device.
 """
 
 import json
 import logging
 import os
+import shutil
 import sys
 import threading
 import time
@@ -24,12 +25,14 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 from yardstick import launchers, matmul, op_cache, ranks, results
-from yardstick.settings import SettingsError, override, usage
+from yardstick.settings import SettingsError, check_writable, override, usage
 
 warnings.filterwarnings("ignore", category=FutureWarning)          # of libraries to each other; no user can act on them
 warnings.filterwarnings("ignore", message="'pin_memory' argument")  # DeepSpeed's loader asks for it on a CPU too
 if not ranks.gpu_count():
     ranks.use_cpu_accelerator()
+
+FULL = 2**20                     # bytes: with less than this free, a write has failed for want of space
 
 
 @dataclass
@@ -48,17 +51,23 @@ class Run:
     ops: list = field(default_factory=list)
     turn: dict = field(default_factory=dict)       # of the settings, those that this turn of `main` changed
 
-    def join(self, seconds=600):
+    def join(self, seconds=600, deepspeed=True):
         """Make this process a rank: load the compiled ops, join the process group -> yardstick.ranks.Rank.
 
-        seconds: how long a collective waits for the other ranks before it raises.
+        seconds: how long a collective waits for the other ranks before it raises. deepspeed: the program trains with it.
         """
+        import torch
         os.environ["RANK_PROCESS"] = str(os.getpid())               # for `worker`
-        op_cache.do_without("deepspeed_shm_comm")
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)      # a config's log_level changes it
-        if not self.gpu:
-            op_cache.load(self.ops)
-        rank = ranks.join(self.gpu, seconds)
+        if deepspeed:
+            op_cache.do_without("deepspeed_shm_comm")
+            logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # a config's log_level changes it
+            if not self.gpu:
+                op_cache.load(self.ops)
+        rank = ranks.join(self.gpu, seconds, deepspeed)
+        if self.world > 1:                                          # a launcher's ranks named the folder each by its own clock
+            agreed = [str(self.folder)]
+            torch.distributed.broadcast_object_list(agreed, 0)
+            self.folder = Path(agreed[0])
         matmul.choose(rank)
         return rank
 
@@ -167,8 +176,11 @@ def _run(file, short, config, train, check, cpu_ranks, turns):
         changes = [changes[int(os.environ["TURN"])]]
     runs = [Run(name, {**settings, **change}, world, gpu, _folder(name, settings), turn=change) for change in changes]
     for run in runs:
-        if check:
-            check(run)
+        try:
+            if check:
+                check(run)
+        except (ValueError, MemoryError, OverflowError, OSError) as error:      # of what check has called; its own are SettingsErrors
+            raise SettingsError(str(error).splitlines()[0] if str(error) else f"these settings end in a {type(error).__name__}.") from None
     for turn, run in enumerate(runs):
         if not gpu:
             op_cache.prepare(run.ops, say=lambda text: print(text, file=sys.stderr))
@@ -190,10 +202,10 @@ def _default_world():
 
 def _folder(name, settings):
     if settings.get("output"):
-        return Path(settings["output"]).resolve()
+        return check_writable(Path(settings["output"]).resolve(), "output=")
     pid = os.getppid() if ranks.is_rank() else os.getpid()          # ranks of one launcher have the same parent
     stamp = os.environ.setdefault("RUN_STAMP", f"{time.strftime('%Y%m%d-%H%M%S')}-{pid}")
-    return ranks.ROOT / "runs" / name / stamp
+    return check_writable(ranks.ROOT / "runs" / name / stamp, "output=")
 
 
 def _traced(train, run, file):
@@ -203,11 +215,24 @@ def _traced(train, run, file):
     """
     folder = os.environ.get("CALL_TRACE")
     if not folder:
-        return train(run)
+        return _with_space(train, run)
     from yardstick import call_trace
     from yardstick.deepspeed_source import Package
     trace = call_trace.CallTrace(Package.at().folder, script=os.path.abspath(file))
     with trace:
-        train(run)
+        _with_space(train, run)
     lines = {symbol: sorted(numbers) for symbol, numbers in trace.lines.items()}
     Path(folder, f"{os.getpid()}.json").write_text(json.dumps(lines))
+
+
+def _with_space(train, run):
+    """train(run); a failure on a full disk, which torch reports as it likes, says so."""
+    try:
+        train(run)
+    except (OSError, RuntimeError) as error:
+        there = next(parent for parent in (run.folder, *run.folder.parents) if parent.exists())
+        free = shutil.disk_usage(there).free
+        if free > FULL:
+            raise
+        raise SystemExit(f"[rank {os.environ['RANK']}/{run.world}] the disk of {there} is full ({free:,} bytes are free): {str(error).splitlines()[0][:200]}. Make room, "
+                         "or give another folder as output=.") from None

@@ -129,10 +129,10 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def join(gpu, seconds=600):
+def join(gpu, seconds=600, deepspeed=True):
     """Join the process group named by the environment and return this process's Rank.
 
-    seconds: how long a collective waits for the other ranks before it raises.
+    seconds: how long a collective waits for the other ranks before it raises. deepspeed: by DeepSpeed, which then uses it.
     """
     import datetime
 
@@ -155,9 +155,13 @@ def join(gpu, seconds=600):
     def new_group(*args, **kwargs):                          # DeepSpeed makes groups without a timeout: torch's is 30 minutes
         return make_group(*args, **(kwargs if len(args) > 1 else {"timeout": timeout, **kwargs}))
     torch.distributed.new_group = new_group
-    import deepspeed
+    backend = "nccl" if gpu else "gloo"
     try:
-        deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False, timeout=timeout)
+        if deepspeed:
+            from deepspeed import init_distributed
+            init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
+        else:
+            torch.distributed.init_process_group(backend, timeout=timeout)
     except torch.distributed.DistError as error:             # some did not come, or not to this address
         raise SystemExit(f"[rank {rank}/{world}] the {world} ranks did not all meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
                          f"within {timeout.seconds} s: {str(error).splitlines()[0].rstrip('.')}. Start as many processes as WORLD_SIZE says, all "

@@ -13,7 +13,10 @@ out, `Choice(default, ...)` one that takes only the words listed.
 
 import ast
 import difflib
+import math
+import os
 import re
+import tempfile
 from pathlib import Path
 
 
@@ -87,6 +90,9 @@ def _convert(key, text, entry, where):
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
         if kind is int:
             return int(text.replace("_", ""))
+        if kind is float and not math.isfinite(float(text)):
+            wanted = "a finite number"
+            raise ValueError
         return kind(text)
     except (KeyError, ValueError):
         raise SettingsError(f"{key}={text} is not {wanted} ({where}, CONFIG[\"{key}\"]). "
@@ -120,3 +126,17 @@ def override(config, arguments, where="CONFIG"):
                                 + (f"Did you mean {near}?" if near else f"Settings: {', '.join(config)}."))
         settings[key] = _convert(key, text, config[key], where)
     return settings
+
+
+def check_writable(folder, key):
+    """`folder`, after checking that it is one or can be made, and be written. key: the setting that named it, "output="."""
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    why = "no folder" if not there.is_dir() else "read-only here" if not os.access(there, os.W_OK) else ""
+    if not why:
+        try:
+            tempfile.TemporaryFile(dir=there).close()        # root may write everywhere, says os.access
+        except OSError as error:
+            why = f"not writable ({error.strerror})"
+    if why:
+        raise SettingsError(f"{folder} cannot be written: {there} is {why}. Give another folder as {key}.")
+    return folder
