@@ -54,6 +54,7 @@ WORDS = [
     ("steps=many", ["steps=many is not a whole number", "steps=20"]),
     ("steps=2.5", ["steps=2.5 is not a whole number"]),
     ("learning_rate=high", ["learning_rate=high is not a number"]),
+    ("learning_rate=nan", ["learning_rate=nan is not a finite number"]),
     ("compile=maybe", ["compile=maybe is not True or False"]),
 ]
 
@@ -83,7 +84,6 @@ TOGETHER = [
     (["data=/no/such/text"], ["data=/no/such/text does not exist", "text file"]),
     (["tokenizer=/no/such/folder"], ["tokenizer=/no/such/folder", "None for the embedded one"]),
     (["seed=-1"], ["seed=-1 must be at least 0"]),
-    (["learning_rate=nan"], ["learning_rate=nan is not a finite number"]),
     (["timeout_seconds=0"], ["timeout_seconds=0.0 must be at least 1"]),
     (["strategy=zero3", "max_live=-5"], ["max_live=-5 must be at least 0"]),
     (["strategy=infinity", "precision=fp32"], ["precision=fp32 does not work with strategy=infinity", "bf16"]),
