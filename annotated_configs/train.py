@@ -43,6 +43,8 @@ def check(run):
     for name in ("steps", "seq"):
         if run.settings[name] < (2 if name == "seq" else 1):
             raise SettingsError(f"{name}={run.settings[name]} is too few. Give {name}={CONFIG[name]}, for example.")
+    if "config=" in [argument.lstrip("-") for argument in sys.argv[1:]]:
+        raise SettingsError("config= names no file. Give the path of a DeepSpeed config, or leave config= out.")
     path = path_of(run.settings)
     try:
         config = deepspeed_config.read(path)

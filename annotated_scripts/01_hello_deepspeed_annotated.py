@@ -9,8 +9,8 @@ each of these lines runs in the library at each stage, and what a resumed run ne
     python annotated_scripts/01_hello_deepspeed_annotated.py resume=runs/bert steps=120
 
 No GPU is needed; with GPUs the same program runs on all of them. It ends with a table: the loss, how far the losses of
-a resumed run lie from those of the whole one and those of each stage from the first one's, and the FLOPs of a forward
-pass by formula and by DeepSpeed's profiler. `tensorboard --logdir runs` shows the curves.
+a resumed run and of each stage lie from those of the whole run and the first stage, and the FLOPs of a forward pass by
+formula and by DeepSpeed's profiler. `tensorboard --logdir runs` shows the curves.
 
 Upstream is train_bert_ds.py (863 lines) in
 https://github.com/deepspeedai/DeepSpeedExamples/tree/45b4b7156c8794a3452a5a7d03dbd8d797068569/training/HelloDeepSpeed
@@ -72,6 +72,9 @@ CONFIG = {
 }
 FREE = {"steps", "resume", "prove_resume", "tensorboard",            #| may differ on resume; all else is read back, for
         "output", "record"}                                          #| another order of data would be another run
+SPOILT = (" is no whole checkpoint. Write the name of another one "
+          "into the file latest of its stage, or remove folder "
+          "zeroN: that stage then starts anew.")
 
 
 # == 2. Which tokens are to be guessed, and when is that drawn? (upstream 93-213) ============================
@@ -95,28 +98,25 @@ class Texts:
 
     def __getitem__(self, index):
         end, s = self.ends[index], self.settings
-        text = torch.from_numpy(self.tokens[
-            end - self.lengths[index]:end].astype(np.int64))
-        draw = torch.Generator().manual_seed(                        #| from seed, epoch and index: each epoch masks
-            (s["seed"] * 4096 + self.epoch) * 2**32 + index)         #| anew, and a resumed run masks as the whole one
-        chosen = int(s["masked"] * len(text)
-                     + torch.rand((), generator=draw))               #| up as often as the fraction says: right mean
-        places = torch.randperm(len(text), generator=draw)
-        places = places[:max(1, chosen)]                             #| at least one: a mean over none is 0 / 0
-        labels = torch.full_like(text, -100)                         #| cross_entropy's mark for what does not count
+        text = self.tokens[
+            end - self.lengths[index]:end].astype(np.int64)
+        rng = np.random.default_rng([s["seed"], self.epoch, index])  #| each epoch masks anew, and a resumed run
+                                                                     #| masks as the whole one
+        chosen = int(s["masked"] * len(text) + rng.random())         #| up as often as the fraction says: right mean
+        places = rng.permutation(len(text))[:max(1, chosen)]         #| at least one: a mean over none is 0 / 0
+        labels = np.full_like(text, -100)                            #| cross_entropy's mark for what does not count
         labels[places] = text[places]
-        fate = torch.rand(len(places), generator=draw)
-        text[places[fate < 0.8]] = self.mask                         #| 80 / 10 / 10: later use shows no mask, so a
-        other = places[fate >= 0.9]                                  #| tenth shows a random token and a tenth stays:
-        text[other] = torch.randint(                                 #| every place has to form an opinion
-            self.begin, (len(other),), generator=draw)
-        return (F.pad(F.pad(text, (1, 0), value=self.begin),
-                      (0, 1), value=self.end),
-                F.pad(labels, (1, 1), value=-100))
+        fate = rng.random(len(places))
+        text[places[fate < 0.8]] = self.mask                         #| later use shows no mask, so a tenth stays
+        other = places[fate >= 0.9]                                  #| and a tenth shows a random token
+        text[other] = rng.integers(self.begin, size=len(other))
+        text = np.r_[self.begin, text, self.end]
+        labels = np.r_[-100, labels, -100]
+        return torch.from_numpy(text), torch.from_numpy(labels)
 
 
 # == 3. Who reads which batch? (upstream 68-90 and 219-290) ==================================================
-def batches(texts, rank, settings, first):
+def batches(texts, rank, s, first):
     """This rank's micro-batches from step `first` on, endless."""
     def padded(items):
         tokens, labels = zip(*items)
@@ -125,11 +125,9 @@ def batches(texts, rank, settings, first):
                 join(labels, True, -100))                            #| sends weights and gradients only
 
     sampler = DistributedSampler(texts, rank.world, rank.rank,       #| every N-th text of one common order; without it
-                                 seed=settings["seed"],              #| all ranks draw the same, and N ranks do the
-                                 drop_last=True)                     #| work of one N times
-    loader = DataLoader(texts, settings["micro_batch"],
-                        sampler=sampler, drop_last=True,
-                        collate_fn=padded)
+                                 seed=s["seed"], drop_last=True)     #| all ranks draw the same: N do the work of one
+    loader = DataLoader(texts, s["micro_batch"], sampler=sampler,
+                        drop_last=True, collate_fn=padded)
     epoch, skipped = divmod(first, len(loader))                      #| a checkpoint knows no place in the data
     for epoch in count(epoch):
         sampler.set_epoch(epoch)                                     #| else each epoch has the order of the first
@@ -150,16 +148,15 @@ class Layer(nn.Module):
 
     def forward(self, x_BTD, seen_B11T):
         B, T, D = x_BTD.shape
-        q, k, v = self.qkv(x_BTD).view(                              #| stage 3: a hook gathers 3DD values before it,
-            B, T, 3, self.H, D // self.H).permute(2, 0, 3, 1, 4)     #| ds:zero3.before_forward, another frees them
-                                                                     #| behind it, ds:zero3.after_forward
+        q, k, v = self.qkv(x_BTD).view(                              #| stage 3 gathers it, ds:zero3.before_forward,
+            B, T, 3, self.H, D // self.H).permute(2, 0, 3, 1, 4)     #| and frees them again, ds:zero3.after_forward
         mixed = F.scaled_dot_product_attention(
             q, k, v, attn_mask=seen_B11T,                            #| only padding is hidden: a BERT looks at both
             dropout_p=self.drop.p * self.training)                   #| sides, a causal mask would make it a GPT
         mixed_BTD = mixed.transpose(1, 2).reshape(B, T, D)
         x_BTD = self.norm1(x_BTD + self.drop(self.out(mixed_BTD)))   #| norms and biases persist: nothing to gather
-        wide_BTF = F.gelu(self.up(x_BTD))                            #| stage 3 has put its own F.linear in torch's
-        return self.norm2(x_BTD + self.drop(self.down(wide_BTF)))    #| place for the whole process: ds:zero3.linear
+        wide_BTF = F.gelu(self.up(x_BTD))                            #| F.linear is stage 3's by now: ds:zero3.linear
+        return self.norm2(x_BTD + self.drop(self.down(wide_BTF)))    #| stage 3 replaced it for the whole process
 
 
 class Bert(nn.Module):
@@ -180,10 +177,9 @@ class Bert(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)             #| torch's normal of 1 makes huge tied logits
 
     def forward(self, tokens_BT, labels_BT):
-        place_T = torch.arange(tokens_BT.shape[1],
-                               device=tokens_BT.device)
+        place_BT = torch.ones_like(tokens_BT).cumsum(1) - 1
         x_BTD = self.norm(self.tokens(tokens_BT)
-                          + self.places(place_T))
+                          + self.places(place_BT))
         seen_B11T = (tokens_BT != self.pad)[:, None, None]           #| one mask for all heads and all queries
         for layer in self.layers:
             x_BTD = layer(x_BTD, seen_B11T)
@@ -200,25 +196,38 @@ class Bert(nn.Module):
 def recall(run):
     """Take over the settings of the run to be resumed."""
     s, folder = run.settings, Path(run.settings["resume"])
-    file = folder / "settings.json"
-    refuse(not file.is_file(), f"there is no {file}. Give resume "
-           "a folder that a run of this program has left.")
-    kept = json.loads(file.read_text())                              #| rank 0 wrote it, in section 11
-    ranks = kept.pop("ranks")
+    file, names = folder / "settings.json", s.keys() - FREE
+    refuse(s["output"], f"output={s['output']}: a resumed run has "
+           f"its folder, {folder}. Leave output out.")
+    try:
+        kept = json.loads(file.read_text())                          #| rank 0 wrote it, in section 11
+        ours = all(type(kept[x]) is type(s[x]) for x in names)
+        ranks = kept["ranks"]
+    except (OSError, ValueError, LookupError, TypeError):
+        ours = False
+    refuse(not ours, f"{file} is missing, or not as this program "
+           "writes it. Give resume a folder that its run left.")
     refuse(ranks != run.world, f"resume={folder}: it trained on "    #| each has its share; DeepSpeed refuses another N:
            f"{ranks} ranks, not {run.world}. Set RANKS={ranks}.")    #| ds:ckpt.load_zero (read: refused here already)
-    for name in kept.keys() - FREE:
+    for name in names:
         differs = s[name] != kept[name]
         refuse(differs and name in given(sys.argv[1:]),
                f"{name}={s[name]}: the run in {folder} has "
                f"{name}={kept[name]}. Leave it out.")
         s[name] = kept[name]
-    for stage in s["stage"].split(","):
-        latest = folder / f"zero{stage}/latest"                      #| rank 0 writes the newest tag into this file
-        done = latest.is_file() and int(latest.read_text()[4:])
-        refuse(not 0 < done < s["steps"], f"stage {stage} is at"
-               f" step {int(done)} in {folder}: give steps above.")
     run.folder = folder.resolve()
+
+
+def step_of(folder):
+    """The step that a stage's folder goes on from; 0: none."""
+    if not any(folder.glob("step*")):
+        return 0
+    latest = folder / "latest"                                       #| rank 0 writes the newest tag into this file
+    tag = latest.read_text().strip() if latest.is_file() else ""
+    files = list(folder.glob(f"{tag or 'no'}/*.pt"))
+    refuse(not files or not tag[4:].isdecimal(),
+           f"{folder / tag if tag else latest}{SPOILT}")
+    return int(tag[4:])
 
 
 # == 6. What does DeepSpeed have to be told? (upstream 778-798) ==============================================
@@ -229,8 +238,9 @@ def deepspeed_config(run, stage, name):
             "torch_adam": not s["offload"]}                          #| else a fused kernel would have to be compiled
     zero = {"stage": int(stage),
             "reduce_bucket_size": 5_000_000,                         #| elements, not bytes; with overlap held twice
-            "stage3_param_persistence_threshold": 4 * s["hidden"]}   #| biases and norms stay whole; by the default of
-    if s["offload"]:                                                 #| 100,000 a small model has nothing to gather
+            "stage3_param_persistence_threshold": 4 * s["hidden"]}   #| norms and layers' biases stay whole; by default,
+                                                                     #| 100,000, all but the word embedding does
+    if s["offload"]:
         zero["offload_optimizer"] = {"device": "cpu",                #| 12 P / N bytes of masters and moments move, and
                                      "pin_memory": run.gpu}          #| 4 P / N of gradients follow in each step
     return {
@@ -253,9 +263,8 @@ def build(run, stage, texts, seed, name):
     engine, _, _, _ = deepspeed.initialize(                          #| ds:init.initialize, the one door
         model=model,                                                 #| rank 0's weights go to all: ds:init.broadcast
         model_parameters=model.parameters(),                         #| Adam over them: ds:init.adam_kind says which
-        config=deepspeed_config(run, stage, name))                   #| a key unknown at top level passes in silence,
-                                                                     #| ds:config.read, one of ZeRO's does not,
-                                                                     #| ds:config.zero_section. What is done then:
+        config=deepspeed_config(run, stage, name))                   #| unknown keys pass silently, ds:config.read, but
+                                                                     #| not those of ZeRO, ds:config.zero_section
                                                                      #| the global batch follows, ds:config.batch
                                                                      #| stages 1 and 2 flatten all weights and keep an
                                                                      #| fp32 share of 4 P / N bytes, ds:zero12.init
@@ -267,11 +276,14 @@ def build(run, stage, texts, seed, name):
 
 # == 8. What does a checkpoint bring back? (upstream 805-812) ================================================
 def load(engine, folder, tag=None):
-    _, client = engine.load_checkpoint(str(folder), tag=tag)         #| all ranks; no tag: the newest, ds:ckpt.load
-                                                                     #| weights and counters, ds:ckpt.load_model, then
+    try:
+        _, client = engine.load_checkpoint(                          #| all ranks; no tag: the newest, ds:ckpt.load
+            str(folder), tag=tag)                                    #| weights and counters, ds:ckpt.load_model, then
                                                                      #| from stage 1 on a share: ds:ckpt.load_zero
                                                                      #| pickles, so only one's own: ds:ckpt.read_file
-    return client["step"], client["losses"]
+        return client["step"], client["losses"]
+    except Exception as error:                                       #| of any kind, as the file has been spoilt
+        raise SystemExit(f"{folder}{SPOILT} ({error!r:.150})")
 
 
 # == 9. What happens in a step? (upstream 814-856) ===========================================================
@@ -280,9 +292,9 @@ def train_from(run, rank, engine, texts, start, folder=None):
     from tqdm import tqdm
     s, (first, losses) = run.settings, start
     seconds = []
-    profiler = FlopsProfiler(engine.module, engine)                  #| by hand: when the config starts it, its hooks
-    stream = batches(texts, rank, s, first)                          #| come too late to count what the outermost
-    engine.train()                                                   #| module calls itself, here the logits
+    profiler = FlopsProfiler(engine.module, engine)                  #| started by the config it misses the logits
+    stream = batches(texts, rank, s, first)
+    engine.train()                                                   #| dropout is on
     for done in tqdm(range(first + 1, s["steps"] + 1), delay=3,
                      mininterval=2, disable=rank.rank > 0):
         begun = time.perf_counter()
@@ -294,32 +306,29 @@ def train_from(run, rank, engine, texts, start, folder=None):
             profiler.start_profile()                                 #| ds:observe.flops
         loss = engine(tokens_BT, labels_BT)                          #| ds:engine.forward hangs a hook on the loss; in
                                                                      #| stage 3 modules fetch, P in all: ds:zero3.fetch
-        if done == first + 1:                                        #| stage 3 counts linear layers twice, for its
-            flops = (profiler.get_total_flops(),                     #| F.linear calls a matmul that counts too:
-                     forward_flops(s, texts.vocab, labels_BT))       #| ds:observe.total_flops
+        if done == first + 1:
+            flops = (profiler.get_total_flops(),                     #| linear layers count twice in stage 3, as they do
+                     forward_flops(s, texts.vocab, labels_BT))       #| a matmul that counts too: ds:observe.total_flops
             profiler.end_profile()                                   #| torch's own functions are back
-        engine.backward(loss)                                        #| hooks send while autograd runs:
-                                                                     #| ds:engine.backward. What they send:
+        engine.backward(loss)                                        #| hooks send under autograd: ds:engine.backward
                                                                      #| stage 0 P at the end: ds:engine.reduce_plain
                                                                      #| 1 too, once per step: ds:zero12.reduce_all
-                                                                     #| 2 early, and drops what others own:
-                                                                     #| ds:zero12.hook, ds:zero12.drop; 1 and 2 still
-                                                                     #| all-reduce: ds:zero12.reduce_scatter
-                                                                     #| 3 gathers P again: ds:zero3.before_backward,
-                                                                     #| and really scatters: ds:zero3.hook,
-                                                                     #| ds:zero3.reduce_scatter
+                                                                     #| 2 early, ds:zero12.hook, and drops what others
+                                                                     #| own, ds:zero12.drop; ds:zero12.reduce_scatter is
+                                                                     #| an all-reduce still, in 1 and 2. 3 gathers P
+                                                                     #| again, ds:zero3.before_backward, and scatters:
+                                                                     #| ds:zero3.hook, ds:zero3.reduce_scatter
         engine.step()                                                #| ds:engine.update; gradients become None
                                                                      #| stage 0 steps P on each rank: ds:engine.clip
-                                                                     #| 1 and 2 step P / N, then gather P:
-                                                                     #| ds:zero12.step, ds:zero12.gather
+                                                                     #| 1, 2 P / N, ds:zero12.step, and ds:zero12.gather
                                                                      #| 3 P / N, gathered by the next use: ds:zero3.step
                                                                      #| offload: C++ on the host: ds:offload.adam
         mean = loss.detach().float()
         comm.all_reduce(mean)                                        #| each rank has its own loss: ds:comm.all_reduce
         losses = losses + [mean.item() / rank.world]
         seconds.append(time.perf_counter() - begun)
-        engine.monitor.write_events([                                #| rank 0 alone: ds:observe.tensorboard; step()
-            ("Train/loss", losses[-1], engine.global_samples)])      #| has written the learning rate
+        engine.monitor.write_events([                                #| writes on rank 0 alone: ds:observe.tensorboard
+            ("Train/loss", losses[-1], engine.global_samples)])      #| step() wrote the learning rate
         due = done % s["save_every"] == 0 or done == s["steps"]
         if folder and due:
             engine.save_checkpoint(                                  #| all ranks, or those that call wait: ds:ckpt.save
@@ -330,11 +339,10 @@ def train_from(run, rank, engine, texts, start, folder=None):
 
 
 # == 10. How many FLOPs is that? (not upstream) ==============================================================
-def forward_flops(settings, V, labels_BT):
-    D, M = settings["hidden"], (labels_BT >= 0).sum().item()
+def forward_flops(s, V, labels_BT):
+    D, M = s["hidden"], (labels_BT >= 0).sum().item()
     B, T = labels_BT.shape
-    shape = ModelShape(settings["layers"], D, settings["heads"],
-                       V, T)
+    shape = ModelShape(s["layers"], D, s["heads"], V, T)
     forward = formulas.train_flops(shape, B) / 3                     #| of three parts, backward is two
     return forward - 2 * D * V * (B * T - M) + 2 * D * D * M         #| logits at M places only, a D x D layer before
 
@@ -350,8 +358,11 @@ def train(run):
     measured, predicted, every = {}, {}, []
     for stage in s["stage"].split(","):
         name, folder = f"zero{stage}", run.folder / f"zero{stage}"
+        done = step_of(folder) if s["resume"] else 0
+        if done >= s["steps"]:
+            continue
         engine = build(run, stage, texts, s["seed"], name)
-        start = load(engine, folder) if s["resume"] else (0, [])
+        start = load(engine, folder) if done else (0, [])
         losses, seconds, (counted, formula) = train_from(
             run, rank, engine, texts, start, folder)
         engine.destroy()                                             #| takes its hooks off: ds:engine.destroy
@@ -394,23 +405,30 @@ def check(run):
            "give 0, 1, 2 or 3, or several of them, as stage=1,3.")
     refuse(s["offload"] and "0" in chosen, "offload=True needs a "
            "ZeRO optimizer: use stages 1 to 3, or offload=False.")
-    for name in ("steps", "save_every", "micro_batch"):
-        refuse(s[name] < 1, f"{name}={s[name]} must be 1 or more.")
-    refuse(s["seq"] < 8, f"seq={s['seq']} must be 8 or more.")
-    for name in ("masked", "dropout"):
-        refuse(not 0 <= s[name] < 1, f"{name}={s[name]} must be "
-               "0 or more, and below 1.")
+    for name, least, below in (
+            ("steps", 1, 2**32), ("save_every", 1, 2**32),
+            ("micro_batch", 1, 2**32), ("seq", 8, 2**32),
+            ("seed", 0, 2**32), ("gradient_clipping", 0, 2**32),     #| numpy seeds by 32 bits
+            ("learning_rate", 1e-12, 1), ("masked", 0, 1),
+            ("dropout", 0, 1)):
+        refuse(not least <= s[name] < below, f"{name}={s[name]} "
+               f"must be {least} or more, and below {below}.")
     fp16 = deepspeed.get_accelerator().is_fp16_supported()           #| ds:init.accelerator (read: no rank runs yet)
     refuse(s["dtype"] == "fp16" and not fp16, "dtype=fp16: this "
            "device does not compute in fp16. Use dtype=bf16.")
     try:
         ModelShape(s["layers"], s["hidden"], s["heads"], 1, 1)
-        texts = len(Texts(data.load(s["data"]), s))
+        texts = len(Texts(data.load(s["data"] or "(empty)"), s))
     except (ValueError, OSError) as error:
         raise SettingsError(str(error)) from None
     refuse(texts < s["micro_batch"] * run.world, "micro_batch="
-           f"{s['micro_batch']} x {run.world} ranks is more than "
-           f"the {texts} texts of the data. Use a smaller one.")
+           f"{s['micro_batch']}: {run.world} ranks share {texts} "
+           "texts. Use a smaller one.")
+    if s["resume"]:
+        at = [step_of(run.folder / f"zero{x}") for x in chosen]
+        refuse(not 0 < max(at) or min(at) >= s["steps"],
+               f"stage={s['stage']} is at {at} in {run.folder}:"
+               " give steps above, or where all are 0 no resume.")
     if s["offload"]:
         run.ops.append("cpu_adam")                                   #| compiled once, before the ranks start
 

@@ -17,8 +17,8 @@ Shapes: B images of a micro-batch, T places of the feature map (the tokens), S =
 C places in an expert's buffer, K experts that a token asks, N ranks. More than 300 lines, because it holds both kinds
 of network, the config of all precisions and stages, and the counts of what gates and exchanges do.
 
-Upstream: 402 lines,
-https://github.com/deepspeedai/DeepSpeedExamples/blob/45b4b7156c87/training/cifar/cifar10_deepspeed.py
+Upstream is cifar10_deepspeed.py (402 lines) in
+https://github.com/deepspeedai/DeepSpeedExamples/tree/45b4b7156c8794a3452a5a7d03dbd8d797068569/training/cifar
 Ours differs where it goes wrong or no longer runs: fp16 by default, a torchvision that does not install beside a CPU
 torch, an auxiliary loss that is thrown away, one expert object for all layers (their residual MLPs are one), every
 epoch in the same order, an accuracy that each rank counts for itself and that fails where the last batch is not full.
@@ -34,6 +34,7 @@ Proof:
 import math
 import sys
 from contextlib import redirect_stdout
+from io import StringIO
 from itertools import count, islice
 from pathlib import Path
 
@@ -57,7 +58,6 @@ from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.utils import safe_get_full_grad
 from torch import nn
 from torch.utils.data import TensorDataset
-
 
 # == 1. What can be set? (upstream 14-108) ==============================================================
 CONFIG = {
@@ -88,13 +88,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16,
           "fp16": torch.float16}
 GRID = 4                                                             #| places of the feature map along a side
 
-
 # == 2. What is the network, and where do its experts live? (upstream 166-209) =========================
 class Mlp(nn.Sequential):
     def __init__(self, D):
         super().__init__(nn.Linear(D, 2 * D), nn.GELU(),
                          nn.Linear(2 * D, D))
-
 
 class Network(nn.Module):
     """Convolutions, residual layers over their map, its mean."""
@@ -114,9 +112,9 @@ class Network(nn.Module):
             min_capacity=s["min_capacity"],
             use_residual=s["residual"],                              #| the two are mixed by learned weights
             noisy_gate_policy=s["noise"],
-            drop_tokens=True,                                        #| False: C is the fullest expert's count, agreed
-            use_rts=True,                                            #| by an all-reduce. True: top-1 draws who stays
-            top2_2nd_expert_sampling=s["noise"] == "RSample"         #| default True: then even evaluation has noise
+            drop_tokens=True,                                        #| False: C is the fullest one's, by an all-reduce
+            use_rts=True,                                            #| top-1 draws who stays; else the first do
+            top2_2nd_expert_sampling=s["noise"] == "RSample"         #| always True, evaluation has noise too
         ) for E in counts_of(s))
         self.norms = nn.ModuleList(
             nn.LayerNorm(D) for _ in self.layers)
@@ -146,7 +144,6 @@ class Network(nn.Module):
             x_BTD = x_BTD + out                                      #| out is 0, or the branch, of a dropped token
         return self.head(x_BTD.mean(1)), auxiliary
 
-
 # == 3. Hand it over: who averages which gradients, by which config? (upstream 111-163, 316-343) =======
 def start(run, rank, ep):
     """The engine, the batches of this rank, the schedule."""
@@ -163,9 +160,10 @@ def start(run, rank, ep):
             "train_micro_batch_size_per_gpu": s["micro_batch"],
             "gradient_accumulation_steps": 1,                        #| ds:config.batch: times N, the global batch
             "gradient_clipping": s["clip"],                          #| ds:config.clipping; left out, it is not 0
-            "prescale_gradients": False,                             #| ds:config.prescale: divide after the sum
+            "prescale_gradients": False,                             #| ds:config.prescale: True divides before the sum
             "dataloader_drop_last": True,                            #| ds:config.drop_last; else the last S is smaller
-            "log_level": "error",                                    #| ds:config.log_level: ds:init.warmup warns
+            "log_level": "error",                                    #| ds:config.log_level; else ds:init.warmup warns
+                                                                     #| that no rate is set yet
             "optimizer": {"type": "Adam", "params": {                #| ds:moe.param_groups: splits, unless we have
                 "lr": s["learning_rate"], "eps": 1e-8,
                 "betas": [0.9, 0.999], "weight_decay": 0.0,
@@ -182,7 +180,8 @@ def start(run, rank, ep):
                      "loss_scale_window": 500, "hysteresis": 2,
                      "min_loss_scale": 1},
             "zero_optimization": {
-                "stage": int(s["stage"]),                            #| ds:init.zero_optimizer; 3 passes ds:moe.refused
+                "stage": int(s["stage"]),                            #| ds:init.zero_optimizer; with 3, ds:moe.refused
+                                                                     #| looks for experts
                 "reduce_scatter": True,                              #| ds:moe.zero wants these two, and cuts experts
                 "contiguous_gradients": True,                        #| over their holders only
                 "overlap_comm": True,                                #| a second bucket fills while one is reduced
@@ -192,18 +191,16 @@ def start(run, rank, ep):
     engine.train()                                                   #| gates: noise, and the tighter capacity
     return engine, endless(loader), schedule
 
-
 def endless(loader):
     for epoch in count():
         loader.data_sampler.set_epoch(epoch)                         #| DeepSpeed never does: each epoch in one order
         yield from loader                                            #| ds:init.workers: two new processes per rank
 
-
 # == 4. A step: what travels, and what do the gates drop? (upstream 345-392) ===========================
 def fit(run, rank, meter, ep, steps, watched):
     """Train -> the engine, and what was seen."""
     s = run.settings
-    with redirect_stdout(sys.stderr):                                #| each rank tells of the groups that it makes
+    with redirect_stdout(StringIO()):                                #| each rank tells of the groups that it makes
         engine, batches, schedule = start(run, rank, ep)
     gates = watch_gates(engine.module)
     losses, rates, both = [], [], []
@@ -211,7 +208,7 @@ def fit(run, rank, meter, ep, steps, watched):
     meter.counting = True
     batches = islice(batches, steps)
     for step, (pixels, labels) in enumerate(batches, 1):
-        rates.append(schedule.get_last_lr()[0])
+        rates.append(schedule.get_last_lr()[0])                      #| of the coming update, set by the last step
         logits, uneven = engine(pixels.to(engine.device))            #| ds:engine.forward; ds:zero3.fetch in stage 3
         labels = labels.to(engine.device)
         loss = F.cross_entropy(logits.float(), labels)
@@ -227,15 +224,15 @@ def fit(run, rank, meter, ep, steps, watched):
                                                                      #| ds:zero12.gather; in stage 0 ds:engine.clip or
                                                                      #| ds:engine.unfused_step in 16 bits. Next rate by
                                                                      #| ds:init.linear_warmup
-        given = engine.get_global_grad_norm()                        #| stage 0: None in fp32, and in 16 bits the dense
-        if both and given and step == watched:                       #| gradients' alone
+        given = engine.get_global_grad_norm()                        #| stage 0: None in fp32; in 16 bits, no experts
+        if both and given and step == watched:
             both[1] = float(given)
         mean = over_ranks(loss.detach() / rank.world).item()
         if not math.isfinite(mean):                                  #| alike on all ranks, so all end here
             sys.exit("the loss is no number any more: lower the "
                      "learning_rate" if rank.rank == 0 else 1)
         losses.append(mean)
-        if rank.rank == 0 and step % math.ceil(steps / 5) == 0:
+        if rank.rank == 0 and step % min(20, -(-steps // 5)) == 0:
             print(f"expert parallel {ep}, step {step} of {steps}: "
                   f"loss {mean:.4f}", file=sys.stderr)
     meter.counting = False
@@ -246,7 +243,6 @@ def fit(run, rank, meter, ep, steps, watched):
     return engine, {
         "losses": losses, "rates": rates, "gates": gates,
         "norms": both, "bytes": sent, "experts": experts}
-
 
 def watch_gates(network):
     """Of each gate, by step: C, choices dropped, those over C."""
@@ -263,7 +259,6 @@ def watch_gates(network):
         gate.register_forward_hook(look)
     return [gate.seen for gate in gates]
 
-
 def norms(engine, ep, rank):
     """[the norm of the whole gradient, stage 0's in fp32]."""
     squares = torch.zeros(2, device=engine.device)
@@ -278,11 +273,9 @@ def norms(engine, ep, rank):
             engine.module.parameters(), math.inf))                   #| with the own experts only, below the whole
     return both
 
-
 def over_ranks(tensor):
     comm.all_reduce(tensor)                                          #| a sum, in place: ds:comm.all_reduce
     return tensor
-
 
 # == 5. Which classes does it know? (upstream 212-277) =================================================
 def evaluate(engine, run, rank):
@@ -302,7 +295,6 @@ def evaluate(engine, run, rank):
                     truth[it], minlength=classes).to(counted)
     return over_ranks(counted).tolist()                              #| counts; a mean of ranks' means weighs wrongly
 
-
 # == 6. Both trainings, and what expert parallelism costs (upstream 280-314, 394-402) ==================
 def train(run):
     s, ep, steps = run.settings, run.ep, run.settings["steps"]
@@ -317,8 +309,8 @@ def train(run):
     right, number = evaluate(engine, run, rank)
     losses, accuracy = seen["losses"], sum(right) / sum(number)
 
-    rows = {"idle_steps": (min(2, steps), seen["rates"].count(0))}   #| rate 0 before the schedule's first step and
-    exchanged = 0                                                    #| after it, as that is log 1
+    rows = {"idle_steps": (min(2, steps), seen["rates"].count(0))}   #| rate 0 before the schedule's step; at it, log 1
+    exchanged = 0
     layers = enumerate(zip(run.experts, seen["gates"]), 1)
     for n, (E, gates) in layers:
         share = np.float32(s["micro_batch"] * GRID**2 / E)
@@ -359,7 +351,6 @@ def train(run):
         rank, measured, {key: row[0] for key, row in rows.items()},
         details={**seen, "right": right, "images": number})
 
-
 # == 7. What can be wrong before a rank starts? (not upstream) =========================================
 def counts_of(s):
     words = s["experts"].split(",")
@@ -369,19 +360,20 @@ def counts_of(s):
             "Give experts=2,4, or experts=0,0.")
     return [int(word) for word in words]
 
-
 def check(run):
     s, world = run.settings, run.world
     given = f"experts={s['experts']}"
-    least = dict.fromkeys(("clip", "compare", "capacity_factor",
-                           "min_capacity", "auxiliary"), 0)
-    least |= dict.fromkeys(("steps", "micro_batch", "images_made",
-                            "warmup_steps", "expert_parallel",
-                            "top_k"), 1)
-    for key, low in {**least, "hidden": 2}.items():
-        if s[key] is not None and s[key] < low:
-            raise SettingsError(f"{key}={s[key]} is below {low}.")
+    for low, high, keys in (                                         #| what is larger fills a machine's memory
+            (0, 10**9, "clip compare min_capacity auxiliary seed"),
+            (0, 100, "capacity_factor"), (2, 1024, "hidden"),
+            (1, 10**6, "steps warmup_steps expert_parallel top_k"),
+            (1, 20_000, "images_made"), (1, 1000, "micro_batch")):
+        for key in keys.split():
+            if s[key] is not None and not low <= s[key] <= high:
+                raise SettingsError(f"{key}={s[key]} is no number "
+                                    f"from {low} to {high}.")
     run.experts = [E for E in counts_of(s) if E]
+    held = sum(E + 1 for E in counts_of(s))                          #| MLPs of a rank, where it holds all
     most = math.gcd(world, *run.experts) if run.experts else 1
     run.ep = s["expert_parallel"] or most
     sets = images.load(s["images"], s["images_made"], s["seed"])
@@ -389,6 +381,9 @@ def check(run):
     S, made = s["micro_batch"] * GRID**2, len(run.sets[0][1])
     usable = get_accelerator().supported_dtypes()                    #| fp16 on a processor: where oneDNN has it
     for is_wrong, text in (
+            (held > 1000 or held * s["hidden"]**2 > 25_000_000,      #| of an MLP 4 D D weights
+             f"{given} with hidden={s['hidden']} are too many "
+             "weights. Give experts=2,4 hidden=64."),
             (run.experts and s["stage"] == "3",                      #| DeepSpeed would raise on every rank
              f"stage=3 with {given}: DeepSpeed refuses experts in "
              "ZeRO-3. Give stage=2, or experts=0,0."),
@@ -398,6 +393,10 @@ def check(run):
             (s["top_k"] > min(run.experts, default=s["top_k"]),
              f"top_k={s['top_k']} is more than a layer of {given} "
              "has. Give top_k=1."),
+            (run.experts and S * max(S * s["capacity_factor"]        #| elements of a gate's masks [S, E, C]
+             * s["top_k"], held * s["min_capacity"]) > 10**8,
+             f"micro_batch={s['micro_batch']} with these experts "
+             "makes masks too large. Give micro_batch=32."),
             (s["noise"] == "RSample" and s["top_k"] > 2,
              "noise=RSample does nothing for a top_k above 2. "
              "Give noise=Jitter."),
@@ -412,7 +411,6 @@ def check(run):
              f"{s['micro_batch']} on {world} ranks. Give less.")):
         if is_wrong:
             raise SettingsError(text)
-
 
 if __name__ == "__main__":
     program.main(__file__, CONFIG, train, check)

@@ -218,12 +218,12 @@ def check(run):
 # == 5. What a CPU lacks: three shims (not upstream) ===========================================================
 def stand_in():
     """Let SuperOffload run without CUDA; no GPU calls this."""
-    so3._validate_superoffload_accelerator = lambda: None            #| 1. ds:superoffload.check (read: replaced)
+    so3._validate_superoffload_accelerator = lambda: None            #| 1. ds:superoffload.check (read: branch of CUDA)
     get_accelerator().current_stream = lambda *_: SimpleNamespace(   #| 2. None on a CPU; a GPU waits on it until the
         synchronize=lambda: None)                                    #| gradient of a tile has reached the host
     worker = so3.SuperOffloadCPUOptimizer
-    worker._set_cpu_affinity = lambda *_: None                       #| 3. ds:superoffload.cores (read: replaced): 0.8
-                                                                     #| of two cores leaves training the empty list,
+    worker._set_cpu_affinity = lambda *_: None                       #| 3. ds:superoffload.cores (read: branch of CUDA):
+                                                                     #| 0.8 of two cores leaves training the empty list,
                                                                      #| which psutil takes for all
 
 
@@ -249,9 +249,7 @@ def try_worker(engine, rate):
         worker.async_step(0, -1, weights, gradient,                  #| ds:superoffload.submit; -1 is no tile of the
                           rollback=rollback, lr=rate)                #| model, so it gets moments of its own
         while worker.get_result() is None:                           #| ds:superoffload.result; the weights went to
-            if not worker.cpuadam_process.is_alive():                #| shared memory when sent, and change there
-                sys.exit("SuperOffload's worker ended as it began")
-            time.sleep(0.01)
+            time.sleep(0.01)                                         #| shared memory when sent, and change there
         seconds.append(time.perf_counter() - began)                  #| the first: until it has imported everything.
     lost = (weights == 0) & (before != 0)                            #| Untried, the first step of training would wait
     apart = (weights - before)[~lost].abs().max()                    #| for that, and give up after 60 s
@@ -335,6 +333,7 @@ def zeros(optimizer):
 # == 9. One mode, from model to checkpoint (upstream 161-168, 225-265, 363-380) ================================
 def train(run):
     s, rank = SimpleNamespace(**run.settings), run.join()            #| ds:init.process_group, ds:init.accelerator
+    program.watch_workers()                                          #| DeepSpeed waits a minute for a dead one
     early = s.mode == "superoffload"
     if early and not run.gpu:
         stand_in()
@@ -415,6 +414,6 @@ def report(run, rank, measured, losses, seconds, waits, shape):
 
 # == 11. The worker imports this file too (upstream 475-487) ===================================================
 if __name__ == "__mp_main__":                                        #| the file's name in a process that is spawned:
-    program.worker(["cpu_adam"])                                     #| ds:superoffload.worker (read: not traced) runs
-if __name__ == "__main__":                                           #| there, and ends with its rank. Without the guard
-    program.main(__file__, CONFIG, train, check, turns=turns)        #| it would train as well
+    program.worker(["cpu_adam"])                                     #| ds:superoffload.worker (read: worker process)
+if __name__ == "__main__":                                           #| ends with its rank. Unguarded, the next line
+    program.main(__file__, CONFIG, train, check, turns=turns)        #| would train there too

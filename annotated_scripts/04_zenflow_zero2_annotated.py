@@ -76,13 +76,13 @@ def check(run):
     def refuse(wrong, *text):
         if wrong:
             raise SettingsError(" ".join(text))
-    for name in "update_interval", "micro_batch", "seq":
-        refuse(s[name] < 1, f"{name}={s[name]} must be 1 or more.")
+    for low, name in (1, "update_interval"), (1, "micro_batch"), (
+            1, "seq"), (0, "warm_up"), (0, "gradient_clipping"):
+        refuse(s[name] < low, f"{name}={s[name]} is below {low}.")
+    refuse(s["learning_rate"] <= 0, "give learning_rate above 0.")
     refuse(not 0 < s["topk_ratio"] < 1, f"topk_ratio="               #| not 1.0: ds:config.zenflow (read: a class)
            f"{s['topk_ratio']} must be above 0 and below 1.")
-    refuse(epoch < U, f"epoch={epoch} must be {U} or more, which",
-           "update_interval is.")
-    refuse(s["warm_up"] < 0, f"warm_up={s['warm_up']} is below 0.")
+    refuse(epoch < U, f"epoch={epoch} must be {U} or more.")
     refuse(s["hidden"] < 8 or s["hidden"] % 8, "hidden must be a",
            f"multiple of 8, as 64 is, not {s['hidden']}.")
     refuse(s["rounds"] < least, f"rounds={s['rounds']} end before",
@@ -359,7 +359,7 @@ def save(run, engine):
     folder = run.folder / "checkpoint"
     engine.save_checkpoint(str(folder), tag="last")                  #| by all ranks: ds:ckpt.save, ds:ckpt.save_zero.
     kept = torch.load(folder / "last/mp_rank_00_model_states.pt",    #| Masters lie by column, old in chosen ones, so
-                      map_location="cpu")["module"]                  #| ds:ckpt.to_fp32 (read: not called) is wrong;
+                      map_location="cpu")["module"]                  #| ds:ckpt.to_fp32 (read: other process) is wrong;
     now = engine.module.cpu().state_dict()                           #| the worker's moments are in no file. Read the
     return all(torch.equal(kept[name], now[name]) for name in now)   #| model's file and begin Adam anew
 

@@ -15,7 +15,9 @@ The run ends with perplexities: before, after each epoch, after merging, and of 
 Upstream is DeepSpeed-Chat/training/step1_supervised_finetuning/main.py (400 lines, helpers in DeepSpeed-Chat/dschat) in
 https://github.com/deepspeedai/DeepSpeedExamples/tree/45b4b7156c8794a3452a5a7d03dbd8d797068569/applications
 Its import and its export fail with transformers 5, and without a launcher it does not start. Ours differs also where it
-trains on prompts, averages means of batches of unequal size, and pads each text to the limit.
+trains on prompts, averages in evaluation the means of unequal batches, and pads each text to the limit. Left out are
+HfDeepSpeedConfig, as the model fits on each rank until initialize cuts it, and the print of throughput, as a figure of
+the machine.
 
 Letters: B texts of a micro-batch, T tokens of its longest, D in and F out of a linear layer, R rank of an adapter, P
 parameters, A those that train, N ranks. More than 300 lines, because data, adapters and export are written out.
@@ -85,10 +87,24 @@ elephant giraffe hen hippopotamus horse kangaroo lion mosquito owl
 panther pig rabbit rat salamander seal spider swallow""".split()
 
 
+def lines_of(file):
+    number = 0
+    try:
+        with open(file, encoding="utf-8") as rows:
+            for number, row in enumerate(rows, 1):
+                pair = json.loads(row)
+                yield {name: pair[name] + ""
+                       for name in ("prompt", "answer")}
+    except OSError as error:
+        raise SettingsError(f"data={file}: {error}") from None
+    except (ValueError, LookupError, TypeError):
+        raise SettingsError(f"data={file}, line {number}: needs "
+                            '"prompt" and "answer"') from None
+
+
 def pairs(s):
     if s["data"]:
-        text = Path(s["data"]).read_text(encoding="utf-8").strip()
-        return [json.loads(line) for line in text.splitlines()]
+        return list(lines_of(s["data"]))
     every = list(permutations(ANIMALS, 2))                           #| none twice, so none of the held out trains
     draw, made = np.random.RandomState(s["seed"]), []
     for place in draw.permutation(len(every))[:s["pairs"]]:
@@ -188,12 +204,12 @@ def config_of(s, coder):
 def deepspeed_config(run):
     s = run.settings
     zero = {"stage": s["stage"],
-            "stage3_param_persistence_threshold": 1_000,             #| elements: norms stay whole, adapters are cut
+            "stage3_param_persistence_threshold": s["hidden"],       #| tiny's norms stay whole, adapters from R = 2 not
             "stage3_max_live_parameters": 30_000_000,                #| elements gathered at once, prefetch included
             "stage3_prefetch_bucket_size": 30_000_000,
             "stage3_gather_16bit_weights_on_model_save": True,       #| without it save_16bit_model writes nothing
-            "memory_efficient_linear": False}                        #| torch's F.linear stays; set, it is replaced for
-    if s["offload"]:                                                 #| the whole process
+            "memory_efficient_linear": False}                        #| True replaces F.linear for the whole process
+    if s["offload"]:
         host = {"device": "cpu", "pin_memory": run.gpu}
         zero["offload_optimizer"] = host                             #| 12 A / N bytes leave the device
         if s["stage"] == 3:
@@ -220,8 +236,8 @@ def optimizer_of(s, model):
     groups = [{"params": matrices},
               {"params": thin, "lr": s["lora_learning_rate"]},       #| they start at 0 and have further to go
               {"params": vectors, "weight_decay": 0.0}]              #| norms and biases are not pulled to 0
-    groups = [group for group in groups if group["params"]]          #| DeepSpeed drops empty ones later, and the
-    kind = DeepSpeedCPUAdam if s["offload"] else torch.optim.AdamW   #| schedule raises, which has counted them
+    groups = [group for group in groups if group["params"]]          #| DeepSpeed drops empty ones: the schedule raises
+    kind = DeepSpeedCPUAdam if s["offload"] else torch.optim.AdamW
     return kind(groups, lr=s["learning_rate"], betas=(0.9, 0.95),    #| with offload DeepSpeed refuses torch's, and
                 weight_decay=s["weight_decay"])                      #| ds:offload.adam_init loads the C++ one
 
@@ -293,6 +309,10 @@ def train_epoch(engine, chat, rank, epoch):
         mean = loss.detach().float()
         comm.all_reduce(mean)                                        #| each rank has its own: ds:comm.all_reduce
         losses.append(mean.item() / rank.world)
+        if not math.isfinite(losses[-1]):
+            raise SystemExit(1 if rank.rank else "the loss is no"
+                             " number any more: lower learning_"
+                             "rate and lora_learning_rate.")
     return losses
 
 
@@ -343,8 +363,9 @@ def train(run):
                   if weight.requires_grad)
     thin = sum(s["lora_dim"] * sum(lora.base.weight.shape)           #| R (D + F) each
                for lora in adapters(model))
-    steps = s["epochs"] * len(chat.train) // (
-        s["micro_batch"] * s["accumulation"] * run.world)
+    batches = math.ceil(len(chat.train)                              #| the sampler fills up, so ranks have as many
+                        / (s["micro_batch"] * run.world))
+    steps = s["epochs"] * batches // s["accumulation"]               #| forwards left over at the end train nothing
     engine = engine_of(run, model, steps)
     nats, losses = {"before": evaluate(engine, chat, rank)}, []
     for epoch in range(s["epochs"]):
@@ -387,13 +408,22 @@ def check(run):
     refuse(not 0 <= s["stage"] < 4, f"stage={s['stage']}: 0 to 3.")
     refuse(s["offload"] and not s["stage"], "offload=True needs "
            "ZeRO: use stage=1, 2 or 3.")
-    for name in ("micro_batch", "accumulation", "epochs", "layers",
-                 "hidden", "lora_dim", "held_out"):
-        refuse(s[name] < 1, f"{name}={s[name]} must be 1 or more.")
-    refuse(s["hidden"] % 8, f"hidden={s['hidden']}: no multiple"
-           " of 8, as four heads of an even width are.")
+    for least, names in {
+            1: "micro_batch accumulation epochs layers hidden "
+               "lora_dim held_out pairs", 2: "seq",
+            0: "seed weight_decay gradient_clipping",
+            1e-12: "learning_rate lora_learning_rate"}.items():
+        for name in names.split():
+            refuse(s[name] < least, f"{name}={s[name]} must be "
+                   f"{least} or more.")
+    refuse(s["hidden"] % 8 or s["hidden"] > 8192, "hidden="
+           f"{s['hidden']}: give a multiple of 8, at most 8192.")
     refuse(s["held_out"] % run.world, "give as held_out a multiple"
            f" of {run.world} ranks, not {s['held_out']}.")
+    left = max(0, len(pairs(s)) - s["held_out"])
+    step = s["micro_batch"] * s["accumulation"] * run.world
+    refuse(left < step, f"{left} pairs train: fewer than a step, "
+           f"{step}. Give more pairs, or a smaller micro_batch.")
     fp16 = deepspeed.get_accelerator().is_fp16_supported()           #| ds:init.accelerator (read: no rank runs yet)
     refuse(s["dtype"] == "fp16" and not fp16, "dtype=fp16: this "
            "device does not compute in fp16. Use dtype=bf16.")
@@ -402,12 +432,10 @@ def check(run):
         with torch.device("meta"):
             found = adapters(build(s, chat.coder, weights=False))
     except (OSError, ValueError, TypeError) as error:
-        raise SettingsError(f"model={s['model']}, or data: "
-                            + str(error).splitlines()[0])
+        raise SettingsError(f"model={s['model']}: "
+                            + str(error).splitlines()[0]) from None
     refuse(s["train"] != "all" and not found, "lora_part="
            f"{s['lora_part']} is in no name of a linear layer.")
-    refuse(len(chat.train) < s["micro_batch"] * run.world,
-           f"{len(chat.train)} pairs train: fewer than a step.")
     if s["offload"]:
         run.ops.append("cpu_adam")                                   #| compiled once, before the ranks start
 

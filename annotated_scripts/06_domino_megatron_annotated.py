@@ -28,6 +28,7 @@ Proof:
     mode=pipeline model_parallel=1 layers=2 hidden=64 seq=16 micro_batch=4 accumulation=2 steps=4
 """
 
+import math
 import sys
 import warnings
 from functools import partial
@@ -237,9 +238,8 @@ def two_layers(run, s, grid):
         "all_reduce_bytes": sum(one.bytes for one in tape.sent),
         **{f"{phase}_hidden_count": tape.hidden(phase, PRODUCTS)
            for phase in tape.phases}}
-    if dist.get_rank() == 0:
-        print(timeline.report(
-            tape, LETTERS, PRODUCTS, "half {}",
+    if dist.get_rank() == 0:                                         #| of all ranks: each recorded its own, alike
+        print(timeline.report(tape, LETTERS, PRODUCTS, "half {}",
             run.folder / "timeline.png",
             f"Two Domino layers, {s['variant']}-layer overlap"))
     return measured, {
@@ -280,15 +280,15 @@ def train_step(step, batches, engine):
         engine.step()                                                #| ds:engine.step, its norm by ds:engine.shard_mark
         total += loss.detach() / micro_batches
     dist.all_reduce(total, group=mpu.get_data_parallel_group())      #| one number, for the log
-    return total.item() / mpu.get_data_parallel_world_size()
+    return total.item() / mpu.get_data_parallel_world_size()         #| ranks of a layer have one loss
 
 def domino_trainer(s, grid, replicas):
     model = GPT(s, split_layers(s, grid, s["layers"]))
     engine, *_ = deepspeed.initialize(                               #| ds:init.initialize ds:init.engine
         model=model, config=deepspeed_config(s), mpu=grid,           #| ds:config.batch counts replicas, not ranks
         optimizer=optimizer_of(s, model.parameters()))               #| ds:init.broadcast within the replicas of a shard
-    batches, part = None, grid.get_data_parallel_rank()
-    if grid.get_slice_parallel_rank() == 0:
+    batches, part = None, grid.get_data_parallel_rank()              #| a replica reads its own part
+    if grid.get_slice_parallel_rank() == 0:                          #| others get it by a broadcast
         batches = windows(s, part, replicas)
     step = partial(forward_step, s)
     return (lambda: train_step(step, batches, engine),
@@ -308,7 +308,7 @@ def pipeline_trainer(s, stages, replicas, names):
         partition_method="parameters", seed_layers=True,             #| ds:pipe.partition
         base_seed=s["seed"], seed_fn=lambda number:
             torch.manual_seed(int(number)))                          #| its own function refuses the number it is given
-    for p in net.parameters():                                       #| for ZeRO 0; ZeRO 1 counts every stage by itself
+    for p in net.parameters():                                       #| for ZeRO 0: ZeRO 1 counts all stages unasked;
         p.model_parallel = not p.ds_pipe_replicated                  #| without it all stages clip by the first's norm
     engine, *_ = deepspeed.initialize(                               #| ds:pipe.engine, as this is a PipelineModule, of
         model=net, config=deepspeed_config(s),                       #| which it takes the grid as mpu
@@ -316,7 +316,6 @@ def pipeline_trainer(s, stages, replicas, names):
     part = engine.mpu.get_data_parallel_rank()                       #| first and last stage read the same batches
     batches = ((tokens, answer) for tokens, *answer in (
         unpack(s, each) for each in windows(s, part, replicas)))
-
     def weights():
         held = [None] * stages * replicas
         dist.all_gather_object(held, [
@@ -324,10 +323,9 @@ def pipeline_trainer(s, stages, replicas, names):
             if not p.ds_pipe_replicated])                            #| the last stage's copy of the words is left out
         held = chain.from_iterable(held[::replicas])
         return dict(zip(names, held, strict=True))                   #| stages hold their layers in the model's order
-    return lambda: engine.train_batch(batches).item(), weights       #| ds:pipe.train_batch in place of three calls:
-                                                                     #| ds:pipe.schedule for ds:pipe.execute, that is
-                                                                     #| ds:pipe.load ds:pipe.forward ds:pipe.send
-                                                                     #| ds:pipe.receive ds:pipe.backward
+    return lambda: engine.train_batch(batches).item(), weights       #| ds:pipe.train_batch: ds:pipe.schedule and in
+                                                                     #| ds:pipe.execute ds:pipe.load ds:pipe.forward
+                                                                     #| ds:pipe.send ds:pipe.receive ds:pipe.backward
                                                                      #| ds:pipe.send_gradient (both B T D values), last
                                                                      #| ds:pipe.tied_gradients ds:pipe.reduce
                                                                      #| ds:pipe.update ds:engine.clip_norm ds:pipe.loss
@@ -350,7 +348,7 @@ def one_process(s, model, replicas):
         yield torch.stack(losses).mean().item()
 
 def train(run):
-    from tqdm import trange
+    from tqdm import trange as bar
     warnings.filterwarnings("ignore", message="c10d::")              #| that autograd does not know the gradient of a
     rank, corpus = run.join(), data.load()                           #| sum in place: it is 1, as Domino wants it
     end = corpus.tokenizer.token_to_id(data.END)
@@ -371,8 +369,7 @@ def train(run):
     else:
         step, weights = pipeline_trainer(s, n, replicas, names)
     known.load_state_dict(weights())                                 #| one process starts from the gathered weights
-    bar = trange(s["steps"], disable=rank.rank > 0)
-    losses = [step() for _ in bar]
+    losses = [step() for _ in bar(s["steps"], disable=rank.rank)]
     measured["loss_nats_first"] = losses[0]
     measured["loss_nats_last"] = losses[-1]
     if s["reference"]:
@@ -384,19 +381,20 @@ def train(run):
     if rank.rank == 0:
         shown = losses[::max(1, s["steps"] // 10)]
         print("loss", *(f"{loss:.3f}" for loss in shown))
-        for name, value in measured.items():
-            print(f"{name:<32}{value:>14.6g}" + (
-                " as predicted" * (value == predicted.get(name))))
+        print(program.columns(
+            {"measured": measured, "predicted": predicted}))
     run.record(rank, measured, predicted, None, {"losses": losses})
 
 def check(run):
     s, cut = run.settings, run.settings["mode"] == "domino"
-    n, heads = s["model_parallel"], s["heads"]
-    most = s["layers"] + 2
-    least = dict.fromkeys((
-        "steps", "micro_batch", "accumulation", "seq", "layers",
-        "hidden", "heads"), 1) | dict.fromkeys((
-            "learning_rate", "gradient_clipping", "seed"), 0)
+    n, heads, L = s["model_parallel"], s["heads"], s["layers"]
+    most = {"micro_batch * heads * seq * seq": 10**8,                #| of one attention's scores: all fit in memory
+            "micro_batch * seq": 10**8 // data.VOCAB,                #| V logits each
+            "layers * hidden * hidden": 10**8 // 12,                 #| of 12 D D weights
+            "micro_batch * accumulation * seq": 10**8}               #| tokens that a step reads at once
+    least = {"learning_rate": 0, "gradient_clipping": 0, "seed": 0}
+    least |= dict.fromkeys("steps micro_batch accumulation seq "
+                           "layers hidden heads".split(), 1)
     for wrong, text in (
         *((not s[k] >= low, f"{k}={s[k]}: give {low} or more")
           for k, low in least.items()),
@@ -410,9 +408,11 @@ def check(run):
          f"not divide heads={heads}: change one of them"),
         (cut and s["micro_batch"] % 2, "micro_batch="
          f"{s['micro_batch']} cannot be halved: give an even one"),
-        (not cut and n > most, f"model_parallel={n}: give at most "
-         f"{most} stages for layers={s['layers']}"),
-    ):
+        (not cut and n > L + 2, f"model_parallel={n}: give at "
+         f"most {L + 2} stages for layers={L}"),
+        *(((size := math.prod(map(s.get, of.split(" * ")))) > high,
+           f"{of} is {size:,}, above {high:,}: lower one of them")
+          for of, high in most.items())):
         if wrong:
             raise SettingsError(text + ".")
 

@@ -11,8 +11,7 @@ rank then holds, sends and must read, and how whole weights come out again.
 No GPU is needed: it starts four CPU ranks, two by two; with GPUs, two or more, the same program runs on them. It
 prints losses, and how far those of one process on whole batches are, bytes beside their formulas, the loss of the saved
 weights in a plain model, and what two common mistakes do. More than 300 lines, because the loop that upstream leaves to
-a Trainer, and the one process, are written out. In the notes R ranks share a layer and N ranks share a batch; there are
-B sequences, T tokens, D hidden values, V words, P parameters.
+a Trainer is written out. R ranks share a layer, N a batch of B sequences; T tokens, D hidden, V words, P parameters.
 
 Upstream: 275 lines,
 https://github.com/deepspeedai/DeepSpeedExamples/blob/45b4b7156c87/training/tensor_parallel/hf_integration/train.py
@@ -55,24 +54,21 @@ CONFIG = {
     "tensor": 2,                                                     #| R; the other axis follows, N = ranks / R
     "stage": "1",                                                    #| of ZeRO, 0 to 3; of several each in turn
     "steps": 24,                                                     #| the last one's traffic is counted
-    "micro_batch": 4,                                                #| B: sequences a forward, the same on R ranks
-    "accumulation": 2,                                               #| forwards and backwards of a step
+    "micro_batch": 4, "accumulation": 2,                             #| B a forward, the same on R ranks; forwards
     "max_tokens": 96,                                                #| longer examples lose their end
     "model": Either(str),                                            #| folder or hub name; None: a small new Llama
     "data": Either(str),                                             #| JSON, upstream's form; None: Python's docstrings
     "dtype": Choice("fp32", "bf16"),                                 #| of weights and of all that is sent
-    "learning_rate": 1e-3,                                           #| constant
+    "learning_rate": 1e-3, "seed": 1,                                #| constant; of weights and order
     "gradient_clipping": 1.0,                                        #| largest norm, over both axes; 0: none
     "one_process": True,                                             #| rank 0 trains the whole model, too
-    "seed": 1,                                                       #| of weights and order
-    "output": Either(str),                                           #| folder of the run; None: a new one in runs/
-    "record": Either(str),                                           #| LABEL: keep the record in results/LABEL/
+    "output": Either(str), "record": Either(str),                    #| folder, else a new one in runs/; record's label
 }
 LLAMA = {"hidden_size": 128, "intermediate_size": 352,
          "num_hidden_layers": 2, "num_attention_heads": 8,
          "num_key_value_heads": 4, "vocab_size": VOCAB}
 LEAST = {"steps": 2, "micro_batch": 1, "accumulation": 1,
-         "learning_rate": 0, "gradient_clipping": 0}
+         "max_tokens": 1, "gradient_clipping": 0}
 
 
 def check(run):
@@ -84,7 +80,7 @@ def check(run):
         _, examples, size = prepare(run)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise SettingsError(f"cannot use model={s['model']}, data="
-                            f"{s['data']}: {error!r}.") from None
+            + " ".join(f"{s['data']}: {error}".split())) from None
     for wrong, text in (
         (R < 2 or run.world % R,
          f"tensor={R} does not cut {run.world} ranks into groups, "
@@ -95,6 +91,7 @@ def check(run):
          "stage=0 in bf16 clips by tensor rank 0; give stage=1."),
         (any(s[name] < least for name, least in LEAST.items()),
          f"a setting is too small. The least are {LEAST}."),
+        (s["learning_rate"] <= 0, "learning_rate is not above 0."),
         (set(plan.values()) - {"colwise", "rowwise"},
          f"model={s['model']}: transformers has no plan of plain "
          "cuts for it. Give a Llama or a Qwen2."),
@@ -106,9 +103,15 @@ def check(run):
 
 # == 2. What is an example? (upstream 128-149) ===============================================================
 def questions(path):
-    """[{"instruction", "output" and perhaps "input"}]"""
     if path:
-        return json.loads(Path(path).read_text())
+        rows = json.loads(Path(path).read_text())
+        for n, x in enumerate(rows if type(rows) is list else "?"):
+            if type(x) is not dict or {str} != {type(x.get(key))
+                    for key in ("instruction", "output")}:
+                raise ValueError(f"example {n}: give a list of "
+                                 '{"instruction": "2 + 3?", '
+                                 '"output": "5"}')
+        return rows
     return [
         {"instruction": "What does this do in Python?",
          "input": f"{kind.__name__}.{name}",
@@ -142,7 +145,7 @@ def prepare(run):
         coder.add_special_tokens({"pad_token": "[PAD]"})             #| a row of V that no answer reads
     pairs = [encode(example, coder, s["max_tokens"])
              for example in questions(s["data"])]
-    pairs = [pair for pair in pairs if pair[1][-1] >= 0]             #| the others are cut before their answer
+    pairs = [pair for pair in pairs if any(pair[1][-1:] >= 0)]       #| the others are cut before their answer
     N = run.world // max(1, s["tensor"])                             #| R ranks read the same rows
     size = max(1, s["micro_batch"] * s["accumulation"] * N)
     return coder, pairs[:len(pairs) // size * size], size            #| no step spans two epochs
@@ -220,9 +223,8 @@ def one_step(engine, batches, meter, N):
                                                                      #| B T V logits: ds:autotp.gather_output
         meter.phase = "backward"
         engine.backward(loss)                                        #| ds:engine.backward; ds:autotp.column_sum: B T D
-                                                                     #| over R per column layer, 5 in a layer of Llama,
-                                                                     #| 2 in Megatron's. P / R over N: stage 1 at the
-                                                                     #| last batch, ds:zero12.reduce_all, 2 at each,
+                                                                     #| over R a column layer. P / R over N: stage 1
+                                                                     #| the last, ds:zero12.reduce_all, 2 at each batch,
                                                                      #| ds:zero12.hook, and 3: ds:zero3.reduce_scatter
         meter.phase = "step"
         engine.step()                                                #| ds:engine.update; the norm has parts of all R
@@ -279,9 +281,8 @@ def save(engine, folder, batch, rank):
     engine.eval()                                                    #| a module's: no dropout
     with torch.no_grad():
         before = engine(**batch).loss.item()                         #| by all ranks: a layer needs all R of them
-    engine.save_16bit_model(str(folder), "by_deepspeed.bin")         #| stages 0 to 2: rank 0 writes its parts as if
-                                                                     #| they were all: ds:ckpt.save_16bit; stage 3
-                                                                     #| gathers over both axes: ds:ckpt.gather_16bit
+    engine.save_16bit_model(str(folder), "by_deepspeed.bin")         #| below stage 3 rank 0 writes its parts as all:
+                                                                     #| ds:ckpt.save_16bit; in 3 ds:ckpt.gather_16bit
     whole = engine._consolidated_16bit_state_dict()                  #| by all ranks, to rank 0's host: ds:ckpt.whole,
                                                                      #| ds:autotp.consolidate, ds:autotp.whole_layer,
                                                                      #| ds:autotp.gather_part, ds:autotp.cut_again
@@ -370,7 +371,7 @@ def train_stage(run, rank, stage, meter, coder, examples):
     counts = save(engine, folder, batches[0], rank) | {
         "loss_nats_first": steps[0][0],
         "loss_nats_last": steps[-1][0],
-        "train_batch_size_count": engine.train_batch_size()}         #| R times too many: ds:config.load (read: above)
+        "train_batch_size_count": engine.train_batch_size()}         #| R times too many: all ranks count as data ranks
     engine.destroy()                                                 #| ds:engine.destroy
     return {"steps": steps, "ranks": ranks, "counts": counts}
 

@@ -5,19 +5,14 @@ the program, batches made by a thread, checkpoints that carry what DeepSpeed doe
 takes over the traffic: LAMB needs each layer whole, 1-bit Adam needs gradients that nobody has averaged.
 
     python annotated_scripts/08_bing_bert_annotated.py
-    python annotated_scripts/08_bing_bert_annotated.py optimizer=onebit sends=momentum
-    python annotated_scripts/08_bing_bert_annotated.py output=runs/bing
+    python annotated_scripts/08_bing_bert_annotated.py optimizer=onebit sends=momentum output=runs/bing
 
-The last one, stopped and started again, goes on. No GPU is needed; with GPUs the same program runs on all of them. It
-ends with losses, speeds and bytes of a step, and with what 1-bit Adam promises, as measured: it is Adam while it warms
-up, comes close to Adam's loss after that, and sends about 1/32 of an all-reduce and nothing else.
-
-Upstream is deepspeed_train.py (600 lines) in
+The last one, stopped and started again, goes on. No GPU is needed; with GPUs it runs on all. It shows losses, speeds,
+bytes, and what 1-bit Adam promises: it is Adam while it warms up, then close to it for 1/32 of the bytes. Upstream's
+deepspeed_train.py (600 lines), in
 https://github.com/deepspeedai/DeepSpeedExamples/tree/45b4b7156c8794a3452a5a7d03dbd8d797068569/training/bing_bert
-With DeepSpeed 0.19.8 it runs with LAMB on GPUs only: it asks for a name that left with the 1-bit optimizers in 0.19.7.
-Ours differs where it goes wrong: its schedule needs fp16, an error in its thread leaves the main thread waiting, its
-logged loss is one rank's last micro-batch. More than 300 lines, because two optimizers are written out. Letters: B
-sequences of a micro-batch, T tokens, D hidden, V vocabulary, M predictions, P parameters, N ranks, C a rank's share.
+runs on GPUs only, in fp16; an error in its thread leaves the main thread waiting. More than 300 lines, because two
+optimizers are written out. B sequences, T tokens, D hidden, V words, M predictions, P parameters, N ranks, C a share.
 
 Proof:
     epochs_128=3 epochs_512=2 epoch_steps=12 hidden=32 layers=1
@@ -31,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from zipfile import is_zipfile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -54,15 +50,12 @@ CONFIG = {
     "epoch_steps": 20, "accumulation": 2,                            #| steps of an epoch, micro-batches of a step
     "global_batch": 16,                                              #| sequences of a step; half as many at 512 tokens
     "layers": 2, "hidden": 64,                                       #| of the encoder; heads of 32, feed-forward 4 * D
-    "learning_rate": Either(float),                                  #| highest; None: the optimizer's own, in KINDS
-    "weight_decay": 0.01,                                            #| of matrices only
+    "learning_rate": Either(float), "weight_decay": 0.01,            #| highest, None: as in KINDS; of matrices only
     "warmup": 0.4,                                                   #| share of a phase: the rate rises, 1-bit waits
     "sends": Choice("update", "momentum"),                           #| what 1-bit Adam turns into signs: section 5
-    "prefetch": 3,                                                   #| micro-batches that the thread may be ahead
-    "data": "embedded",                                              #| two texts (FILE,FOLDER or hub:NAME), or one in
-    "seed": 1,                                                       #| halves; seed of weights and batches
-    "output": Either(str),                                           #| folder: a run that stands there goes on
-    "record": Either(str),                                           #| LABEL: keep the record in results/LABEL/
+    "prefetch": 3, "seed": 1,                                        #| micro-batches a thread is ahead; weights, data
+    "data": "embedded",                                              #| FILE,FOLDER or hub:NAME: two texts, one halved
+    "output": Either(str), "record": Either(str),                    #| folder: a run there goes on; a record's label
 }
 FREE = {"optimizer", "prefetch", "output", "record"}                 #| may differ when a run goes on
 CLS, SEP, MASK, PAD = range(data.VOCAB, data.VOCAB + 4)
@@ -130,8 +123,6 @@ def prefetched(items, ahead):                                        #| what an 
 
 # == 3. What does the model predict? (upstream nvidia/modelingpreln.py 559-656 and 1065-1157) ================
 class Bert(BertForPreTraining):
-    """BERT whose vocabulary layer sees the hidden places alone."""
-
     def forward(self, words, parts, ends, places, labels, apart):
         T = torch.arange(words.shape[1], device=words.device)
         x_BTD, pooled = self.bert(words, T < ends[:, None], parts,
@@ -147,7 +138,6 @@ class Bert(BertForPreTraining):
 # == 4. LAMB: how far may a layer move in one step? (not upstream) ===========================================
 class Lamb(torch.optim.AdamW):                                       #| You et al., arXiv 1904.00962. DeepSpeed's own is
     """AdamW whose step is, in a layer, as long as its weights."""   #| CUDA: ds:init.fused_lamb (read: not on a CPU)
-
     @torch.no_grad()
     def step(self, closure=None):
         old = [(p, p.clone(), group["lr"]) for group in
@@ -163,15 +153,12 @@ class Lamb(torch.optim.AdamW):                                       #| You et a
 
 # == 5. 1-bit Adam: what is left of 32 bits when the variance stands still? (not upstream) ===================
 class OneBitAdam(torch.optim.AdamW):                                 #| Tang et al., arXiv 2102.02888
-    """Adam for `warmup` steps. Then its variance is frozen, and of
-    momentum from local gradients only signs and scales travel."""
+    """Adam for `warmup` steps, then signs and scales travel."""
     warmup, sends, errors = 1, "update", None
-
     @property
     def local(self):
         own = next(iter(self.state.values()), {"step": 0})           #| whether the next step wants this rank's own
         return own["step"] >= self.warmup                            #| gradients; from what a checkpoint brings back
-
     def freeze(self):
         N = dist.get_world_size()                                    #| of deepspeed.comm, which hands on to torch
         self.owners = [(p, self.state[p], group) for group in
@@ -187,7 +174,6 @@ class OneBitAdam(torch.optim.AdamW):                                 #| Tang et 
         self.unit = self.deviation if self.sends == "update" else 1
         self.errors = [torch.zeros_like(self.seen),                  #| 4 P bytes: what this rank's signs left untold
                        torch.zeros_like(self.seen[:1])]              #| 4 P / N: the same of the means it answers with
-
     def tell(self, a, error, seen):                                  #| a + error in few bytes; error: what they miss
         a = (a + error) * seen
         live = seen.view(len(a), -1, BLOCK).sum(2).clamp(min=1)
@@ -196,14 +182,12 @@ class OneBitAdam(torch.optim.AdamW):                                 #| Tang et 
         row = torch.cat([scale.view(torch.uint8), signs.byte()], 1)  #| eight signs in a byte
         error.copy_(a - self.hear(row, seen))                        #| untold now is told later: nothing is lost
         return row
-
     def hear(self, row, seen):
         cut = seen.shape[1] // BLOCK * 4
         scale = row[:, :cut].view(torch.float32)
         signs = (row[:, cut:, None] & self.powers) > 0
         signs = signs.view(*scale.shape, BLOCK) * 2.0 - 1.0
         return (signs * scale[:, :, None]).flatten(1) * seen
-
     def average(self, x):                                            #| x [P] -> the mean over ranks, as far as told
         rows = F.pad(x, (0, self.seen.numel() - len(x)))
         mine = self.seen[dist.get_rank():][:1]                       #| this rank serves the elements of its row
@@ -215,7 +199,6 @@ class OneBitAdam(torch.optim.AdamW):                                 #| Tang et 
         row = self.tell(mean, self.errors[1], mine)
         dist.all_gather_into_tensor(parts, row)                      #| ds:comm.all_gather; P / 8 more: the mean, told.
         return self.hear(parts, self.seen).flatten()[:len(x)]        #| An all-reduce: 4 P, twice. Each x (N - 1) / N
-
     @torch.no_grad()
     def step(self, closure=None):
         if not self.local:
@@ -271,7 +254,7 @@ def build(job, phase):
 # == 7. What must a checkpoint hold, and what does it bring back? (upstream 35-69 and 499-540) ===============
 def save(job):
     tag = job.folder / f"step{job.done['step']:06d}"
-    if getattr(job.optimizer, "errors", None):
+    if job.name == "onebit":
         tag.mkdir(parents=True, exist_ok=True)                       #| ours first, as rank 0 ends by writing `latest`
         torch.save(job.optimizer.errors, tag / job.errors)           #| one a rank; DeepSpeed saves one rank's optimizer
     job.engine.save_checkpoint(str(job.folder), tag=tag.name,        #| in stage 0, ds:ckpt.save_model, and our counts;
@@ -283,10 +266,23 @@ def load(job, phase, at):
     _, client = job.engine.load_checkpoint(                          #| ds:ckpt.load; ds:ckpt.load_model brings weights,
         str(job.folder), tag=tag.name, load_optimizer_states=same)   #| counters; moments within a phase: what short
     job.done = {key: client[key] for key in job.done}                #| rows left says little of long ones
-    if same and getattr(job.optimizer, "local", False):
+    if same and (errors := job.name == "onebit" and torch.load(
+            tag / job.errors, job.engine.device)):
         job.optimizer.freeze()
-        job.optimizer.errors = torch.load(tag / job.errors,
-                                          job.engine.device)
+        job.optimizer.errors = errors
+
+
+def reached(run, name):
+    latest, tag = run.folder / name / "latest", "step000000"
+    if latest.is_file():
+        tag = latest.read_text(errors="replace").strip()
+        files = (latest.parent / tag).glob("*.pt")                   #| zips: one cut short lacks the table at its end
+        if sum(map(is_zipfile, files)) < 1 + run.world * (
+                name == "onebit") or not tag[4:].isdecimal():
+            raise SettingsError(
+                f"{latest.parent}/{tag} cannot be read: write an "
+                "earlier tag into latest or give another output=")
+    return int(tag[4:])
 
 
 # == 8. What does an iteration do, and when? (upstream 132-291 and 543-600) ==================================
@@ -326,8 +322,8 @@ def pretrain(job, phase, stream):                                    #| stream: 
             job.facts[f"{job.name}_{T}_samples_per_second"] = speed
             if job.rank.rank == 0:
                 print(job.name, done, f"loss {means.mean():.4f}",
-                      f"samples/s {speed:.4g}",
-                      f"tokens/s {speed * T:.5g}", file=sys.stderr)
+                      f"samples/s {speed:.4g} tokens/s "
+                      f"{speed * T:.5g}", file=sys.stderr)
             save(job)
             begun, losses = time.perf_counter(), [0.0]
 
@@ -336,15 +332,19 @@ def pretrain(job, phase, stream):                                    #| stream: 
 def check(run):
     s, file = run.settings, run.folder / "settings.json"
     now = {**s, "ranks": run.world}                                  #| other ranks would lack the errors of these
-    kept = json.loads(file.read_text()) if file.is_file() else now
+    try:
+        kept = {**now, **json.loads(
+            file.read_text() if file.is_file() else "{}")}
+    except (ValueError, TypeError):
+        raise SettingsError(f"{file} is broken: change output=.")
     other = [f"{key}={kept.get(key)}" for key in now
              if key not in FREE and kept.get(key) != now[key]]
     least, name = min((s[key], key) for key in (
         "epoch_steps", "accumulation", "layers", "prefetch"))
     rows = 4 * run.world * max(1, s["accumulation"])
+    rate = 1 if s["learning_rate"] is None else s["learning_rate"]
     for wrong, text in (
-            (other, f"{run.folder} is a run of {' '.join(other)}: "
-             "give the same, or another output=."),
+            (other, f"give {' '.join(other)} or another output=."),
             (least < 1, f"{name}={least} must be 1 or more."),
             (s["global_batch"] < 1 or s["global_batch"] % rows,
              f"global_batch={s['global_batch']} is no multiple of "
@@ -353,15 +353,16 @@ def check(run):
              f"hidden={s['hidden']} is no multiple of 32."),
             (not 0 < s["warmup"] < 1,
              f"warmup={s['warmup']} is not between 0 and 1."),
+            (rate <= 0 or s["weight_decay"] < 0,
+             "give learning_rate above 0, weight_decay 0 or more"),
             (not phases(s) or phases(s)[0].first < 0,
              "give epochs_128=3 or epochs_512=2, none below 0.")):
         if wrong:
             raise SettingsError(text)
-    try:
-        for phase in phases(s):
-            next(batches(s, phase, [phase.first], 0, run.world))
-    except (ValueError, OSError) as error:
-        raise SettingsError(str(error)) from None
+    for phase in phases(s):
+        next(batches(s, phase, [phase.first], 0, run.world))
+    for name in KINDS:
+        s["optimizer"] in ("all", name) and reached(run, name)
 
 
 def train(run):
@@ -379,8 +380,7 @@ def train(run):
             folder=run.folder / name, errors=f"errors{me}.pt",
             facts=measured, steps=Counter(),
             done={"epoch": 0, "step": 0, "samples": 0})
-        latest = job.folder / "latest"
-        at = int(latest.read_text()[4:]) if latest.is_file() else 0
+        at = reached(run, name)
         for phase in phases(s, at):
             build(job, phase)                                        #| another batch, so another engine
             if at:

@@ -66,6 +66,19 @@ def read(path):
 def parse(path):
     """(config, text of the file)."""
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError("it is no file")                   # a pipe would be waited for
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ValueError(f"there is no config file {path}. Give the path of an existing file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as a config file ({error}). Give a JSON file.") from None
+    return parsed(text, path), text
+
+
+def parsed(text, path):
+    """The config in the text of a file."""
+    try:
         import hjson
     except ModuleNotFoundError:
         raise ValueError(f"this Python ({sys.executable}) has no module hjson, by which DeepSpeed reads configs. Run `source env.sh` "
@@ -79,14 +92,11 @@ def parse(path):
                                  "DeepSpeed refuses. Keep one of them.")
         return dict(pairs)
     try:
-        if Path(path).exists() and not Path(path).is_file():
-            raise OSError("it is no file")                   # a pipe would be waited for
-        text = Path(path).read_text(encoding="utf-8-sig")
         config = hjson.loads(text, object_pairs_hook=once)
-    except FileNotFoundError:
-        raise ValueError(f"there is no config file {path}. Give the path of an existing file.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as a config file ({error}). Give a JSON file.") from None
+        json.dumps(config, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise ValueError(f"{path} holds {half}, which is half a character. Write the whole one, or delete it.") from None
     except hjson.HjsonDecodeError as error:
         raise ValueError(f"{path} is not JSON that DeepSpeed can read: {' '.join(str(error).split())}. Mend that line.") from None
     except OverflowError:
@@ -95,7 +105,7 @@ def parse(path):
         raise ValueError(f"{path} has more sections inside each other than can be read. Give a DeepSpeed config.") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds no config: it must be a JSON object, {{...}}. Put the keys between braces.")
-    return config, text
+    return config
 
 
 def lines_of(text, config):
@@ -358,7 +368,7 @@ def lint(config, *, ranks=None, transformers=False, accelerator=None):
 
 
 def main(arguments):
-    from yardstick import deepspeed_annotate, deepspeed_explain, results      # they read this module
+    from yardstick import deepspeed_annotate, deepspeed_explain      # they read this module
     from yardstick.deepspeed_source import Package
     parser = argparse.ArgumentParser(prog="python -m yardstick.deepspeed_config", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -388,13 +398,9 @@ def main(arguments):
         print(lines or f"lines are of DeepSpeed {package.version}: {package.folder}")
         return 0
     if command == "annotate":
-        annotated = deepspeed_annotate.annotate(path)
         if write:
-            try:
-                results.replace_file(Path(path), annotated)
-            except OSError as error:
-                raise ValueError(f"{path} cannot be written ({error.strerror}). Leave --write out, or give a copy.") from None
-        print(f"{path}: written" if write else annotated, end="\n" if write else "")
+            deepspeed_annotate.write(path)
+        print(f"{path}: written\n" if write else deepspeed_annotate.annotate(path), end="")
         return 0
     lines, found = lines_of(text, config), lint(config, **given)
     for finding in found:

@@ -72,11 +72,10 @@ def column_errors(path, text):
 
 
 def part_errors(path):
-    """Each key has meaning, default and range, cost, the anchor that reads it, and upstream's value; numbers have a unit."""
+    """Each key has meaning, default and range, cost, what it acts with, the anchor that reads it, and upstream's value; numbers have a unit."""
     config, found, errors = deepspeed_config.read(path), notes(path), []
     for key, _, value, _ in deepspeed_explain.walk(config):
-        needed = {"says", "default", "range", "read", "upstream"}
-        needed |= set() if isinstance(value, dict) else {"cost"}
+        needed = {"says", "default", "range", "cost", "with", "read", "upstream"}
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         needed |= {"unit"} if number and deepspeed_config.entry(key, config).get("choices") is None else set()
         errors += [f"{path.name}: {key} has no {part}" for part in sorted(needed - set(found.get(key, ())))]

@@ -42,7 +42,7 @@ def test_each_rule_of_columns_finds_a_bad_example(old, new, says):
 
 
 @pytest.mark.parametrize("old, part", [
-    ("// unit sequences; ", "unit"), ("range >= 1", "range"), ("// cost: time", "cost"), ("// read: ds", "read"), ("// upstream: 1;", "upstream")])
+    ("// unit sequences; ", "unit"), ("range >= 1", "range"), ("// cost: time", "cost"), ("// cost: none itself", "cost"), ("// with: ", "with"), ("// read: ds", "read"), ("// upstream: 1;", "upstream")])
 def test_each_missing_part_is_found(tmp_path, old, part):
     file, text = tmp_path / "x.json", FILES[-1].read_text(encoding="utf-8")
     assert old in text

@@ -112,7 +112,7 @@ def test_zenflow_trains_and_its_weights_are_transposed_until_repaired(trained, t
 
 BAD = [
     (["config=none.json"], ["there is no config file none.json"]),
-    (["confg=none.json"], ["Did you mean config?"]),
+    (["confg=none.json"], ["Did you mean config?"]), (["config="], ["config= names no file"]),
     (["steps=0"], ["steps=0 is too few"]), (["seq=1"], ["seq=1 is too few"]),
     (["repair_zenflow=True"], ["no zenflow section"]),
     (["config=a.json", {"zero_optimization": True}], ["an old form"]),

@@ -55,12 +55,14 @@ def section_errors(path, text):
 
 
 def call_errors(path, text):
-    """Each statement that calls into DeepSpeed has a note beside it: deepspeed.x(), engine.x(), a name imported from deepspeed."""
+    """Each statement that calls into DeepSpeed has a note beside it: deepspeed.x(), engine.x(), an imported name of it."""
     tree, lines, errors = ast.parse(text), text.splitlines(), []
     names = {"deepspeed", "engine"}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "deepspeed":
             names |= {alias.asname or alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            names |= {alias.asname for alias in node.names if alias.asname and alias.name.split(".")[0] == "deepspeed"}
     spans = statements(text)
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -67,11 +68,30 @@ def test_a_run_is_resumed_from_its_folder_and_refused_where_it_would_be_another(
         assert code and says in errors and "Traceback" not in errors
 
 
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_and_damage_is_named(tmp_path):
+    """Stage 0 is done, stage 1 has not begun: it starts anew. Then a cut checkpoint, no `latest`, other settings."""
+    assert ran(*TINY, "stage=0,1", "steps=2", "prove_resume=False", f"seed={2**21}", f"output={tmp_path}")[0] == 0
+    shutil.rmtree(tmp_path / "zero1")
+    code, out, errors = ran(f"resume={tmp_path}", "steps=2", "prove_resume=False")
+    assert code == 0 and "ZeRO-1" in out and "ZeRO-0" not in out, errors
+    model = next((tmp_path / "zero1/step2").glob("mp_rank*.pt"))
+    os.truncate(model, 1000)
+    latest, settings = tmp_path / "zero1/latest", tmp_path / "settings.json"
+    for spoil, says in ((lambda: None, "zero1 is no whole checkpoint"), (latest.unlink, "zero1/latest is no whole checkpoint"),
+                        (lambda: settings.write_text("{}"), "settings.json is missing, or not as")):
+        spoil()
+        code, _, errors = ran(f"resume={tmp_path}", "steps=4", "prove_resume=False")
+        assert code and says in errors and "Traceback" not in errors, errors
+
+
 @pytest.mark.parametrize("settings, says", [
     pytest.param(settings.split(), says, marks=pytest.mark.slow if settings not in ("stages=1", "stage=0 offload=True") else ())
     for settings, says in [
         ("stages=1", "Did you mean stage?"), ("stage=4", "give 0, 1, 2 or 3"), ("heads=3", "heads=3 does not divide"),
-        ("stage=0 offload=True", "offload=True needs a ZeRO optimizer"), ("resume=nowhere", "there is no nowhere/settings.json"),
+        ("stage=0 offload=True", "offload=True needs a ZeRO optimizer"), ("resume=nowhere", "nowhere/settings.json is missing"),
+        ("resume=nowhere output=elsewhere", "Leave output out"), ("seed=-1", "seed=-1 must be 0"), ("data=", "(empty)"),
+        ("gradient_clipping=-1", "gradient_clipping=-1.0 must be 0"), ("learning_rate=0", "learning_rate=0.0 must be"),
         ("data=nowhere.txt", "nowhere.txt"), ("micro_batch=100000", "Use a smaller one"), ("dtype=fp16", "dtype=fp16")]])
 def test_bad_input_gives_one_message(settings, says):
     code, _, errors = ran(*settings)

@@ -111,6 +111,23 @@ def test_a_killed_rank_leaves_no_process(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_a_killed_worker_ends_the_run_at_once(tmp_path):
+    """DeepSpeed alone would wait for it for a minute."""
+    program = start("mode=superoffload", "steps=100000", *TINY, f"output={tmp_path}")
+    try:
+        for line in program.stderr:
+            if "| 2" in line or "| 1" in line:
+                break
+        worker = next(child for child in psutil.Process(program.pid).children(recursive=True) if "spawn_main" in " ".join(child.cmdline()))
+        worker.send_signal(signal.SIGKILL)
+        _, text = program.communicate(timeout=30)
+        assert program.returncode == 1 and f"its worker process {worker.pid} ended" in text
+    finally:
+        program.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_folder_of_a_model_trains_on_a_text(tmp_path):
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 

@@ -189,6 +189,7 @@ def test_who_is_killed_ends_the_run_and_leaves_nothing_behind(whom, tmp_path):
             ("update_interval=auto", "not a whole number"), ("epoch=2", "epoch=2 must be 4 or more"), ("rounds=6", "Give rounds=12"),
             ("hidden=30", "multiple of 8"), ("weight=lm_head", "lm_head.weight"), ("model=nowhere", "nowhere"),
             ("dtype=fp16", "dtype=fp16"), ("epoch=1000000", "epoch=1000000 takes"), ("warm_up=-1", "warm_up=-1"),
+            ("learning_rate=0", "learning_rate above 0"), ("gradient_clipping=-1", "gradient_clipping=-1.0"),
             ("data=nowhere.txt", "nowhere.txt")))])
 def test_bad_input_gives_one_message(settings, says):
     done = subprocess.run([sys.executable, SCRIPT, settings], cwd=results.ROOT, capture_output=True, text=True, timeout=200,

@@ -68,7 +68,9 @@ def test_a_saved_model_is_the_base_of_another_run(tmp_path):
 @pytest.mark.parametrize("settings, says", [
     ("stagee=1", "Did you mean stage?"), ("stage=5", "0 to 3"), ("stage=0 offload=True", "use stage=1, 2 or 3"),
     ("held_out=3", "a multiple of 2 ranks"), ("hidden=30", "multiple of 8"), ("lora_part=zz", "no name of a linear layer"),
-    ("pairs=70", "6 pairs train"), ("data=nowhere.jsonl", "nowhere.jsonl"), ("data=pyproject.toml", "model=tiny, or data"),
+    ("pairs=70", "6 pairs train"), ("data=nowhere.jsonl", "nowhere.jsonl"), ("data=pyproject.toml", "data=pyproject.toml, line 1: needs"),
+    ("seq=1", "seq=1 must be 2"), ("pairs=0", "pairs=0 must be 1"), ("hidden=16000", "at most 8192"),
+    ("weight_decay=-1", "weight_decay=-1.0 must be 0"), ("lora_learning_rate=0", "lora_learning_rate=0.0 must be"),
     ("model=no/where", "model=no/where"), ("dtype=fp16", "dtype=fp16")])
 def test_bad_input_gives_one_message(settings, says):
     code, _, errors = ran(*settings.split())

@@ -127,7 +127,11 @@ def test_two_layers_of_ranks_and_two_replicas_of_two_stages(tmp_path):
     ("", 1, "model_parallel=2 does not divide 1 ranks"), ("model_parallel=0", 2, "model_parallel=0 does not divide 2 ranks"),
     ("heads=3", 2, "heads=3 does not divide hidden=128"), ("heads=1", 2, "model_parallel=2 does not divide heads=1"),
     ("micro_batch=3", 2, "micro_batch=3 cannot be halved"), ("steps=0", 2, "steps=0: give 1 or more"),
-    ("learning_rate=nan", 2, "learning_rate=nan"), ("seed=4294967296", 2, "is not below 2**32"),
+    ("learning_rate=nan", 2, "learning_rate=nan"),
+    ("seq=99999999", 2, "micro_batch * heads * seq * seq is 319,999,993,600,000,032, above 100,000,000"),
+    ("hidden=99999996", 2, "layers * hidden * hidden is"), ("accumulation=9999999", 2, "micro_batch * accumulation * seq is"),
+    ("micro_batch=99998 seq=1", 2, "micro_batch * seq is"),
+    ("seed=4294967296", 2, "is not below 2**32"),
     ("mode=pipeline layers=1 model_parallel=4", 4, "give at most 3 stages for layers=1")])
 def test_bad_input_gives_one_message(settings, ranks, says):
     code, _, errors = ran(*settings.split(), ranks=ranks)

@@ -159,3 +159,11 @@ def test_a_model_without_a_plan_is_refused(tmp_path):
     PreTrainedTokenizerFast(tokenizer_file=str(TOKENIZER), eos_token=END).save_pretrained(tmp_path / "gpt2")
     code, errors, _ = ran(tmp_path / "run", f"model={tmp_path}/gpt2")
     assert code and "no plan of plain cuts" in errors and "Traceback" not in errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("found, says", [({"instruction": "a"}, "example 0"), ([{"instruction": "a", "output": "b"}, {"output": 3}], "example 1")])
+def test_data_of_another_form_is_refused(tmp_path, found, says):
+    (tmp_path / "data.json").write_text(json.dumps(found))
+    code, errors, _ = ran(tmp_path / "run", f"data={tmp_path}/data.json")
+    assert code and says in errors and '"output": "5"' in errors and len(errors.strip().splitlines()) == 1

@@ -311,6 +311,7 @@ def test_a_stopped_run_goes_on_exactly(tmp_path):
     (["prefetch=0"], 2, "prefetch=0"),
     (["epochs_128=0", "epochs_512=0"], 2, "give epochs_128=3"),
     (["data=no/such/file"], 2, "no/such/file"),
+    (["learning_rate=0"], 2, "learning_rate above 0"),
 ])
 def test_what_cannot_be_is_refused_before_any_rank_starts(settings, ranks, says):
     code, _, error = ran(*settings, ranks=ranks)
@@ -325,3 +326,20 @@ def test_one_rank_trains_and_a_loss_that_is_no_number_ends_it(tmp_path):
     assert losses_of(tmp_path / "one")[-1] < losses_of(tmp_path / "one")[0]
     code, _, error = ran(*TINY, "optimizer=adam", "learning_rate=1e30", f"output={tmp_path / 'two'}")
     assert code != 0 and "Give a lower learning_rate=" in error and "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_a_damaged_folder_is_refused_in_one_message(tmp_path):
+    tiny = [*TINY, "optimizer=onebit", f"output={tmp_path}"]
+    code, _, error = ran(*tiny)
+    assert code == 0, error
+    tag = tmp_path / "onebit/step000020"
+    for file, text in ((tag / "mp_rank_00_model_states.pt", b"PK"), (tag / "errors1.pt", b""), (tmp_path / "onebit/latest", b""),
+                       (tmp_path / "onebit/latest", b"garbage"), (tmp_path / "onebit/latest", b"step000099"),
+                       (tmp_path / "settings.json", b"{")):
+        kept = file.read_bytes()
+        file.write_bytes(kept[:-100] if text == b"PK" else text)
+        code, _, error = ran(*tiny)
+        file.write_bytes(kept)
+        assert code == 1 and "output=" in error and len(error.strip().splitlines()) == 1, (file, error)
+    assert ran(*tiny)[0] == 0

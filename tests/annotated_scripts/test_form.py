@@ -46,6 +46,8 @@ def test_a_good_example_passes():
     ("# == 2.", "# == 3.", "no heading like '# == 2."), ("(not upstream)", "", "no heading"),
     ("x = 1                                                                #| a note", "x = 1", "a section without a note"),
     ("initialize(                                       #| a note", "initialize(", "is called without a note"),
+    ("x = 1    ", "import deepspeed.comm as dist\ndist.barrier()\nx = 1    ", "dist.barrier is called without a note"),
+    ("x = 1    ", "from deepspeed import comm\ncomm.barrier()\nx = 1    ", "comm.barrier is called without a note"),
 ])
 def test_each_rule_finds_a_bad_example(old, new, says):
     old = old if old in GOOD else old.replace("1   #|", "1" + " " * 64 + "#|")

@@ -691,8 +691,85 @@ def test_annotate_keeps_the_authors_notes_and_numbers(tmp_path):
     text = command("annotate", file).stdout
     assert text.startswith("// why\n// more\n{\n") and '"gradient_clipping": 1.0,' in text and '"lr": 2e-5' in text
     assert "// here: a long one\n" in text and '// upstream: "//"; b\n' in text and "gone" not in text
-    assert file.read_text() != text
+    before = file.read_text()
+    done = command("annotate", file, "--write")
+    assert done.returncode == 1 and done.stderr.startswith("yardstick.deepspeed_config: ") and len(done.stderr.splitlines()) == 1
+    assert f'{file}:5: this comment would go: "// gone"' in done.stderr and "Begin it with here:" in done.stderr and file.read_text() == before
+    file.write_text(before.replace("  // gone\n", ""))
     assert command("annotate", file, "--write").returncode == 0 and file.read_text() == text
+
+
+@pytest.mark.parametrize("text, line, comment", [
+    ('{ // mine\n "train_batch_size": 8}', 1, "// mine"), ('{"train_batch_size": 8 # here: mine\n}', 1, "# here: mine"),
+    ('{"train_batch_size": 8}\n// mine\n', 2, "// mine"), ('{// here: mine\n "train_batch_size": 8}', 1, "// here: mine"),
+    ('/* mine\n too */ {"train_batch_size": 8}', 1, "/* mine too */"), ('{"train_batch_size": 8, // cost: mine\n}', 1, "// cost: mine"),
+    ('{"train_batch_size": 8 // here: a\n // mine\n}', 2, "// mine"), ('{"a": "//", "b": [1, // mine\n 2]}', 1, "// mine")])
+def test_annotate_refuses_to_delete_a_comment(tmp_path, text, line, comment):
+    file = tmp_path / "ds.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(f'{file}:{line}: this comment would go: "{comment}"')):
+        deepspeed_annotate.write(file)
+    assert file.read_text() == text
+
+
+@pytest.mark.parametrize("after", ["Sequences", "unit sequences", "cost: ", "read: ", "upstream: "])
+def test_annotate_refuses_to_delete_a_comment_among_its_notes(tmp_path, after):
+    file, text = tmp_path / "ds.json", (mutants.ROOT / "annotated_configs/zero2_zenflow_annotated.json").read_text()
+    note = re.search(rf"^.*// {after}.*\n( +//   .*\n)*", text, re.MULTILINE)
+    file.write_text(text[:note.end()] + f"{'':{deepspeed_annotate.COLUMN}}// mine\n" + text[note.end():])
+    with pytest.raises(ValueError, match='would go: "// mine"'):
+        deepspeed_annotate.write(file)
+
+
+def test_annotate_writes_over_its_own_notes_after_a_change(tmp_path):
+    file, text = tmp_path / "ds.json", (mutants.ROOT / "annotated_configs/zero3_nvme_offload_annotated.json").read_text()
+    file.write_text(re.sub(r"(// cost: host memory of a rank).*", r"\1 as it was", text).replace("// Sequences", "// Texts"))
+    assert file.read_text() != text
+    deepspeed_annotate.write(file)
+    assert file.read_text() == text
+
+
+@pytest.mark.parametrize("text", [
+    '{"a.b": 5, "a": {"b": 7}}', '{"a": {"b": 7}, "a.b": 5.5}', '{"a.b": {"c": 1e3}, "a": {"b.c": 2, "b": {"c": -3.0}}}', "{a: b // c\n}",
+    '{"a": 1E+2, "b": -0.0, "c": -0,\n"d": 1.\n"e": 01\n"f": +1\n}'])
+def test_annotate_never_changes_a_value(tmp_path, text):
+    file = tmp_path / "ds.json"
+    file.write_text(text)
+    config = deepspeed_config.read(file)
+    file.write_text(deepspeed_annotate.annotate(file))
+    assert deepspeed_config.read(file) == config
+
+
+def test_annotate_refuses_a_text_that_would_read_otherwise(tmp_path, monkeypatch):
+    file = tmp_path / "ds.json"
+    file.write_text('{"train_batch_size": 8}')
+    monkeypatch.setattr(deepspeed_annotate, "_beside", lambda code, notes: [code.replace("8", "9")])
+    with pytest.raises(ValueError, match="ds.json cannot be annotated"):
+        deepspeed_annotate.write(file)
+    assert file.read_text() == '{"train_batch_size": 8}'
+
+
+def test_annotate_writes_through_a_link_and_keeps_the_mode(tmp_path):
+    file, link = tmp_path / "ds.json", tmp_path / "link.json"
+    file.write_text('{"train_batch_size": 8}')
+    file.chmod(0o640)
+    link.symlink_to(file)
+    assert command("annotate", link, "--write").returncode == 0
+    assert link.is_symlink() and "// Sequences" in file.read_text() and file.stat().st_mode & 0o777 == 0o640
+    file.write_text('{"train_batch_size": 8}')
+    file.chmod(0o440)
+    done = command("annotate", link, "--write")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "is read-only" in done.stderr
+    assert file.read_text() == '{"train_batch_size": 8}' and file.stat().st_mode & 0o777 == 0o440
+
+
+@pytest.mark.parametrize("what", ["lint", "explain", "annotate"])
+def test_half_a_character_is_one_message(tmp_path, what):
+    file = tmp_path / "ds.json"
+    file.write_text(r'{"train_batch_size": 8, "\ud800": 1}')
+    done = command(what, file)
+    assert done.returncode == 1 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert f"{file} holds \\ud800, which is half a character" in done.stderr
 
 
 @pytest.mark.parametrize("arguments, words", [
