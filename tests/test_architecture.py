@@ -20,7 +20,7 @@ PARTS = {
     "core": "settings shapes formulas step_time schedules hardware plan plan_job plan_text results documents deepspeed_map "
             "deepspeed_source deepspeed_citations deepspeed_proof deepspeed_explain deepspeed_annotate call_trace "
             "launchers deepspeed_config deepspeed_rules deepspeed_memory deepspeed_peak deepspeed_traffic".split(),
-    "arrays": "data data_sources images figures timeline".split(),
+    "arrays": "data data_sources images figures figures_pipeline timeline".split(),
     "torch": "ranks matmul model ledger probe traffic op_cache report report_text progress watchdog program".split()}
 YARDSTICK = "yardstick/core yardstick/arrays yardstick/torch hjson "
 OPTIONAL = "tqdm tensorboard datasets wandb psutil"

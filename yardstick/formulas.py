@@ -1,7 +1,7 @@
 """What is exact on paper: parameters, FLOPs, bytes held and sent, each with its source and the paper's number.
 
 Bytes are bytes, counts are counts; nothing here is measured. What DeepSpeed's present release does beyond
-the papers is in `deepspeed_memory.py` and `deepspeed_traffic.py`.
+the papers is in `deepspeed_memory.py` and `deepspeed_traffic.py`. More than 300 lines, because a formula has one place.
 """
 
 from yardstick.shapes import PAPER, Layout, ModelShape  # ModelShape: the doctests
@@ -199,3 +199,142 @@ def saved_bytes(shape, *, micro_batch, seq, element_bytes, recompute="none"):
     if recompute == "full":
         layer, tables = shape.hidden * element_bytes, 0
     return micro_batch * seq * (shape.layers * layer + head) + tables
+
+
+def bubble_seconds(schedule, stages, micro_batches, chunks=1, forward=1.0, input_grad=1.0, weight_grad=1.0):
+    """(b, c): seconds a rank idles in one step of a pipeline, and those between its own first and last operation.
+
+    forward, input_grad, weight_grad: F, I and W, seconds of a rank's whole part of the model for one micro-batch, equal on all
+    ranks; sends cost nothing. Where the backward is split, for W <= F, W <= I and micro-batches enough to fill the pipeline; Chimera
+    for a backward no shorter than a forward; Hanayo for micro_batches = stages and I + W = 2 F; DualPipe for F = I = W. Sources: arXiv 2104.04473, section
+    2.2 (1F1B, interleaved); 2401.10241, sections 2 and 6 (zero bubble: ZB-H2's and ZB-V's bubble is zero by a rank's own span
+    alone); 2107.06925, table 2 (Chimera); 2308.15762 (Hanayo); DualPipe's repository counts an overlapped pair F & B as one
+    operation, `dualpipe_bubble_seconds`, this runs one after the other. tests/pipedream/test_simulator.py replays each.
+    Raises ValueError where there is no closed form: simulate it (pipedream/simulator.py).
+
+    Eight stages, F = I = W, as figure 1 of the zero-bubble paper draws them: 1F1B, ZB-H1, ZB-H2, ZB-V.
+
+    >>> [bubble_seconds(name, 8, 24) for name in ("1f1b", "zb_h1", "zb_h2", "zb_v")]
+    [(21.0, 21.0), (7.0, 7.0), (7.0, 0.0), (3.5, 0.0)]
+    """
+    F, I, W, p, m, v = forward, input_grad, weight_grad, stages, micro_batches, chunks
+    B, fill = I + W, {"zb_h2": 2 * p - 1, "zb_v": 2 * p, "dualpipe": 2 * p, "dualpipe_v": 2 * p}.get(schedule, p)
+    if schedule in ("gpipe", "1f1b", "pipedream", "pipedream_2bw"):
+        found = (p - 1) * (F + B)
+    elif schedule == "interleaved_1f1b" and m % p == 0:
+        found = (p - 1) * (F + B) / v
+    elif schedule == "chimera" and B >= F and m % p == 0:
+        found = (p - 2) * (B + (m // p - 1) * (B - F))
+    elif schedule == "hanayo" and m == p and B == 2 * F:
+        found = 4 * (p - 1) * F / max(v, 2)
+    elif schedule in ("dualpipe", "dualpipe_v") and m >= fill and F == I == W:
+        found = (p - 2 if schedule == "dualpipe" else p - 1) * F / 2
+    elif schedule in ("zb_h1", "zb_h2", "interleaved_zero_bubble", "zb_v") and m >= fill and W <= min(F, I):
+        if schedule == "zb_h2":
+            own = float((p - 1) * (F + I - 2 * W))
+            return max(own, float((p - 1) * F)), own
+        if schedule == "zb_v":
+            own = float((p - 1) * (I - W))
+            return max(own, (p - 1) * I / 2), own
+        found = (p - 1) * (F + I - W) / v
+    else:
+        raise ValueError(f"the bubble of {schedule} has no closed form here for stages={p}, micro_batches={m}, F={F}, I={I}, W={W}: "
+                         "simulate it (python pipedream/simulator.py).")
+    return float(found), float(found)
+
+
+def bubble_fraction(schedule, stages, micro_batches, chunks=1, **times):
+    """Idle share of the whole step; times as in `bubble_seconds`, F = I = W by default.
+
+    (p-1) / (m+p-1) for 1F1B; Megatron and others print the same over the ideal time, `bubble_over_ideal`, and the zero-bubble
+    papers over a rank's own span, `bubble_fraction_of_span`.
+
+    >>> bubble_fraction("1f1b", 4, 8) == 3 / 11, bubble_over_ideal("1f1b", 4, 8) == 3 / 8
+    (True, True)
+    """
+    idle, _ = bubble_seconds(schedule, stages, micro_batches, chunks, **times)
+    return idle / (_work(micro_batches, **times) + idle)
+
+
+def bubble_fraction_of_span(schedule, stages, micro_batches, chunks=1, **times):
+    """Idle share of the longest time from a rank's first operation to its last: the zero-bubble papers' bubble rate (section 5.3)."""
+    _, idle = bubble_seconds(schedule, stages, micro_batches, chunks, **times)
+    return idle / (_work(micro_batches, **times) + idle)
+
+
+def bubble_over_ideal(schedule, stages, micro_batches, chunks=1, **times):
+    """Idle time over the time of the work alone: arXiv 2104.04473, section 2.2, (p-1) / m for 1F1B and that / v interleaved."""
+    idle, _ = bubble_seconds(schedule, stages, micro_batches, chunks, **times)
+    return idle / _work(micro_batches, **times)
+
+
+def _work(micro_batches, forward=1.0, input_grad=1.0, weight_grad=1.0):
+    return micro_batches * (forward + input_grad + weight_grad)
+
+
+def dualpipe_bubble_seconds(parts, forward, backward, weight_grad, overlapped):
+    """The bubble column of DualPipe's README for PP = `parts` model parts: (PP/2 - 1) (F&B + B - 3W), B the whole backward.
+
+    A replay whose pairs are one operation gives it as the idle time of the ranks in the middle, which overlap most, for I = F and
+    W <= F (pipedream.simulator.simulate, pair=). F&B: seconds of an overlapped pair, `overlapped`.
+
+    >>> dualpipe_bubble_seconds(8, forward=1, backward=2, weight_grad=1, overlapped=3)
+    6.0
+    """
+    return (parts / 2 - 1) * (overlapped + backward - 3.0 * weight_grad)
+
+
+def activations_in_flight(schedule, stages, micro_batches, rank, chunks=1):
+    """The most chunk activations that a rank holds at once, each from the start of its F to the end of its B or W.
+
+    >>> [activations_in_flight("1f1b", 4, 8, rank) for rank in range(4)], activations_in_flight("zb_h2", 4, 8, 0)
+    ([4, 3, 2, 1], 7)
+    """
+    p, m, v = stages, micro_batches, chunks
+    group = m // max(1, m // p)
+    if schedule == "gpipe":
+        return m
+    if schedule in ("1f1b", "pipedream", "pipedream_2bw"):
+        return min(m, p - rank)
+    if schedule == "interleaved_1f1b":
+        return min(m * v, (v - 1) * group + 2 * (p - 1 - rank) + 1)
+    if schedule in ("zb_h1", "interleaved_zero_bubble"):
+        return min(m * v, (v - 1) * group + p)
+    if schedule == "zb_h2":
+        return min(m, 2 * p - 1)
+    if schedule in ("zb_v", "dualpipe_v", "dualpipe") and m >= 2 * p:
+        return {"zb_v": 2 * p, "dualpipe_v": 2 * p + 1, "dualpipe": p + 1}[schedule]
+    raise ValueError(f"the activations of {schedule} have no closed form here for stages={p}, micro_batches={m}: simulate it.")
+
+
+def pipedream_versions(replicas, stage):
+    """Versions of the weights that a stage keeps: ceil(ranks of it and of the stages behind it / its own ranks), SOSP'19 section 3.3.
+
+    >>> [pipedream_versions([1, 1, 1, 1], s) for s in range(4)], [pipedream_versions([9, 5, 1, 1], s) for s in range(4)]
+    ([4, 3, 2, 1], [2, 2, 2, 1])
+    """
+    return -(-sum(replicas[stage:]) // replicas[stage])
+
+
+def staleness(semantics, stages, stage):
+    """Updates that lie between the weights of a gradient and those it is added to, in steady state and without replicas.
+
+    >>> [staleness("stash", 4, s) for s in range(4)], staleness("vertical_sync", 4, 2), staleness("2bw", 4, 0)
+    ([3, 2, 1, 0], 3, 1)
+    """
+    return {"flush": 0, "stash": stages - 1 - stage, "naive": stages - 1 - stage, "vertical_sync": stages - 1, "2bw": 1}[semantics]
+
+
+def pipeline_bytes(schedule, stages, micro_batches, message, chunks=1):
+    """Bytes that all ranks send in a step: each activation once over each boundary between parts on two ranks, its gradient back.
+
+    message: bytes of one micro-batch's activation at a boundary. In a V the turn at its foot costs nothing.
+
+    >>> pipeline_bytes("1f1b", 4, 8, message=100), pipeline_bytes("zb_v", 4, 8, message=100, chunks=2)
+    (4800, 9600)
+    """
+    p, v = stages, chunks
+    boundaries = p * v - 1 if schedule in ("interleaved_1f1b", "interleaved_zero_bubble") else p - 1
+    if schedule in ("zb_v", "dualpipe_v", "hanayo"):
+        boundaries = max(v, 2) * (p - 1)
+    return 2 * boundaries * micro_batches * message

@@ -71,12 +71,12 @@ class Run:
         matmul.choose(rank)
         return rank
 
-    def record(self, rank, measured, predicted=None, estimated=None, details=None):
+    def record(self, rank, measured, predicted=None, estimated=None, details=None, outcome="ok"):
         """Rank 0 writes the run's record, into its folder or, with the setting record=LABEL, to results/LABEL/, and says where."""
         if rank.rank:
             return
         path = results.write(self.name, settings=self.settings, measured=measured, predicted=predicted or {}, estimated=estimated,
-                             details=details, label=self.settings.get("record"), folder=self.folder,
+                             details=details, outcome=outcome, label=self.settings.get("record"), folder=self.folder,
                              machine={"accelerator": ranks.gpu_name() if self.gpu else "none", "ranks": self.world})
         print(f"record: {os.path.relpath(path)}", flush=True)
 

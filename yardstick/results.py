@@ -50,8 +50,8 @@ def write(run, *, outcome="ok", settings, measured, predicted, estimated=None, d
     for part in ("measured", "predicted", "estimated"):
         _check_numbers(part, record[part])
     text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
-    # a list of numbers stays on one line (JSON strings hold no line breaks, so only lists can match)
-    text = re.sub(r'\[\n([^\[\]{}"]*)\n *\]', lambda m: "[" + " ".join(m[1].split()) + "]", text) + "\n"
+    # a list of numbers, behind a word or not, stays on one line (JSON strings hold no line breaks, so only lists can match)
+    text = re.sub(r'\[\n((?: *"\w{1,12}",\n)?[^\[\]{}"]*)\n *\]', lambda m: "[" + " ".join(m[1].split()) + "]", text) + "\n"
     if label:
         path = root / "results" / label / f"{run}.json"
         if found := _machine_path(record, text, root):

@@ -35,6 +35,15 @@ def test_record_under_a_label_is_read_back(tmp_path):
     assert results.read_all("gpu1", root=tmp_path) == []
 
 
+def test_lists_of_numbers_stand_on_one_line_behind_a_word_or_not(tmp_path):
+    details = {"rows": [["F", 0, 0.5, 2], ["B", 1, -1e-9, None]], "words": ["F", "B"], "one": ["F"], "text": ["a [b", 1]}
+    path = write(tmp_path, details=details)
+    assert results.read(path)["details"] == details
+    text = path.read_text()
+    assert '["F", 0, 0.5, 2]' in text and '["B", 1, -1e-09, null]' in text
+    assert '"words": [\n' in text and '"one": [\n' in text and '"text": [\n' in text
+
+
 def test_record_without_a_label_stays_under_runs(tmp_path):
     first, second = write(tmp_path), write(tmp_path, measured={"optimizer_bytes": 13})
     assert first != second and first.relative_to(tmp_path).parts[0] == "runs" and first.name == "record.json"

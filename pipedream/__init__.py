@@ -1,0 +1,1 @@
+"""PipeDream: schedules simulated, models partitioned, pipelines run on real ranks."""
